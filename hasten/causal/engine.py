@@ -1,0 +1,247 @@
+"""A causal model with a plan on it: generate, stream, score, undo."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from hasten.causal.generation import Settings, result
+from hasten.causal.run import Run, Slots
+from hasten.causal.runners import EagerRunner, Runner
+from hasten.errors import HastenError, PlanError
+from hasten.parts import find
+from hasten.plan import Plan
+from hasten.prepare import Preparation
+from hasten.subject import Subject
+from hasten.technique import Parts
+
+_APPLIED: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Score:
+    """Teacher-forced likelihood of a continuation.
+
+    Attributes:
+        nll: (batch, length) negative log-likelihood of each continuation token, in nats.
+        logits: (batch, length, vocabulary) that decided each token, or None if not asked for.
+        activity: the counters of the call.
+    """
+
+    nll: Tensor
+    logits: Tensor | None
+    activity: dict[str, int]
+
+
+class CausalModel:
+    """What `hasten.apply` returns for a causal language model.
+
+    The model itself is never changed: its attention is exchanged for the time of a pass only.
+
+    Attributes:
+        plan: the techniques, in the order in which they were written.
+        activity: counters of the last call.
+        peak_cache_bytes: largest size of the KV caches in the last call.
+    """
+
+    def __init__(
+        self, subject: Subject, plan: Plan, *, runner: str = "eager", parts: dict[str, Parts] | None = None
+    ) -> None:
+        model = subject.model
+        if model in _APPLIED:
+            raise PlanError(
+                f"This model has the plan {_APPLIED[model] or '(empty)'!r} on it already; call undo() first."
+            )
+        self.subject = subject
+        self.plan = plan
+        self.parts = {t.name: self._parts_of(t, parts or {}) for t in plan}
+        self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
+        self.runner: Runner = make_runner(runner, model, plan)
+        self.activity: dict[str, int] = {}
+        self.peak_cache_bytes = 0
+        self._open = True
+        _APPLIED[model] = str(plan)
+
+    def _parts_of(self, technique: Any, given: dict[str, Parts]) -> Parts:
+        if technique.name in given:
+            return given[technique.name]
+        if not technique.card.trained:
+            return {}
+        found = find(technique, self.subject.hash)
+        if found is None:
+            raise PlanError(
+                f"{technique.name} has no trained part for {self.subject.name}; train one with "
+                f"`hasten prepare {self.subject.name} --with {technique.name}` or hasten.prepare(...)."
+            )
+        return found
+
+    # -- calls -----------------------------------------------------------------------------------
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What `model.generate` takes and returns, with the plan at work."""
+        run = self._run(input_ids, attention_mask, arguments)
+        streamer = run.settings.streamer
+        if streamer is not None:
+            if run.batch > 1:
+                raise HastenError("A streamer takes one row; give a batch of one.")
+            streamer.put(run.tokens[:, : run.prompt_length].cpu())
+            run.on_tokens = lambda run, first: _put(streamer, run, first)
+        self._execute(run)
+        if streamer is not None:
+            streamer.end()
+        return result(run.settings, run.sequences())
+
+    def stream(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **arguments: Any
+    ) -> Iterator[Tensor]:
+        """Yield the new ids of a batch of one as they are decided, (tokens,) each time."""
+        run = self._run(input_ids, attention_mask, arguments)
+        if run.batch > 1:
+            raise HastenError("A stream takes one row; give a batch of one.")
+        queue: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
+        run.on_tokens = lambda run, first: queue.put(run.tokens[0, int(first[0]) : int(run.lengths[0])].clone())
+
+        def work() -> None:
+            try:
+                self._execute(run)
+                queue.put(None)
+            except BaseException as error:
+                queue.put(error)
+
+        Thread(target=work, daemon=True).start()
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def score(
+        self,
+        input_ids: Tensor,
+        continuation: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logits: bool = False,
+    ) -> Score:
+        """Likelihood of a given continuation, token by token as the plan would decode it.
+
+        Args:
+            input_ids: (batch, prompt) ids.
+            continuation: (batch, length) ids that are forced instead of chosen.
+            logits: keep the logits too.
+        """
+        arguments = {"max_new_tokens": continuation.shape[1], "do_sample": False, "repetition_penalty": 1.0}
+        run = self._run(input_ids, attention_mask, arguments)
+        run.forced = continuation.to(run.device)
+        run.trace = []
+        self._execute(run)
+        trace = torch.stack(run.trace, dim=1).float()
+        nll = -trace.log_softmax(dim=-1).gather(2, run.forced[..., None])[..., 0]
+        return Score(nll, trace if logits else None, self.activity)
+
+    # -- the rest --------------------------------------------------------------------------------
+    def undo(self) -> None:
+        """Take the plan off; the model is what it was, and this object cannot be used any more."""
+        if self._open:
+            self._open = False
+            self.bound = []
+            _APPLIED.pop(self.subject.model, None)
+
+    def __enter__(self) -> CausalModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+    def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any]) -> Run:
+        if not self._open:
+            raise PlanError("The plan was undone; apply it again to use it.")
+        prompt, mask = _checked_prompt(self.subject, input_ids, attention_mask)
+        settings = Settings.resolve(self.subject.model, prompt.shape[1], arguments)
+        _check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
+        slots = Slots.fill(self.bound)
+        run = Run(self.runner, settings, prompt, mask, slots)
+        return run
+
+    def _execute(self, run: Run) -> None:
+        self.peak_cache_bytes = 0
+        try:
+            run.execute()
+        finally:
+            self.activity = dict(run.activity)
+            self.peak_cache_bytes = run.peak_cache_bytes
+            self.cache_bytes = sum(lane.cache.num_bytes() for lane in run.lanes.values())
+
+
+def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
+    """The runner of that name, if every technique of the plan can run on it."""
+    for technique in plan:
+        if name not in technique.contract.runners:
+            allowed = ", ".join(sorted(technique.contract.runners))
+            raise PlanError(f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}.")
+    if name == "eager":
+        return EagerRunner(model)
+    raise PlanError(f"Unknown runner {name!r}; there are: eager.")
+
+
+def prepare(subject: Subject, plan: Plan, preparation: Preparation) -> dict[str, Parts]:
+    """Train what the plan's techniques need; the model's weights stay as they are."""
+    return {t.name: t.prepare(preparation) for t in plan if t.card.trained}
+
+
+def _put(streamer: Any, run: Run, first: Tensor) -> None:
+    for token in run.tokens[0, int(first[0]) : int(run.lengths[0])].cpu():
+        streamer.put(token[None])
+
+
+def _checked_prompt(
+    subject: Subject, input_ids: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(input_ids, Tensor):
+        raise HastenError("generate needs input_ids, a tensor of token ids (batch, length).")
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise HastenError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it must be whole "
+            "numbers of shape (batch, length)."
+        )
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise HastenError("The prompt is empty; give at least one token.")
+    vocabulary = subject.model.config.get_text_config(decoder=True).vocab_size
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise HastenError(f"The prompt holds token id {low if low < 0 else high}; allowed is 0 to {vocabulary - 1}.")
+    device = subject.model.device
+    if attention_mask is None:
+        return input_ids.to(device), None
+    if attention_mask.shape != input_ids.shape:
+        raise HastenError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
+            "they must be equal."
+        )
+    mask = attention_mask.to(device).long()
+    if not bool((mask.sum(dim=1) > 0).all()):
+        raise HastenError("A row of the attention mask is all zero: that prompt is empty.")
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise HastenError("The batch is padded on the right; pad on the left (tokenizer.padding_side='left').")
+    return input_ids.to(device), mask
+
+
+def _check_length(subject: Subject, prompt: int, new: int) -> None:
+    context = subject.context
+    if context is not None and prompt + new > context:
+        raise HastenError(
+            f"The prompt has {prompt} tokens and max_new_tokens is {new}, together {prompt + new}; "
+            f"{subject.name} was made for {context}. Shorten one of them."
+        )

@@ -1,0 +1,6 @@
+"""Runners execute a forward pass of the causal engine: the same interface, other machinery."""
+
+from hasten.causal.runners.base import Block, Output, Runner
+from hasten.causal.runners.eager import EagerRunner
+
+__all__ = ["Block", "EagerRunner", "Output", "Runner"]

@@ -1,0 +1,66 @@
+"""What a technique gets when it trains or calibrates its parts: the model, text, and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hasten.errors import HastenError
+from hasten.subject import Subject
+
+Tick = Callable[[int, int, str], None]
+"""Called with (done, total, message) so that a progress bar can move."""
+
+
+def _no_tick(done: int, total: int, message: str) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass
+class Preparation:
+    """Everything that `Technique.prepare` may use.
+
+    Attributes:
+        subject: the model (frozen: `prepare` must leave its weights as they are) and tokenizer.
+        texts: documents to train or calibrate on; never held-out ones.
+        steps: optimiser steps, or None for the technique's own default.
+        seed: every random choice follows from it.
+        tick: to be called after each step.
+    """
+
+    subject: Subject
+    texts: list[str]
+    steps: int | None = None
+    seed: int = 0
+    tick: Tick = field(default=_no_tick)
+
+    def stream(self) -> Tensor:
+        """All texts as one stream of ids, (tokens,), an end-of-text token between documents."""
+        tokenizer = self.subject.tokenizer
+        if tokenizer is None:
+            raise HastenError(
+                f"{self.subject.name} has no tokenizer, and preparing needs one; give tokenizer=."
+            )
+        ids: list[int] = []
+        for text in self.texts:
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if tokenizer.eos_token_id is not None:
+                ids.append(int(tokenizer.eos_token_id))
+        return torch.tensor(ids, dtype=torch.long)
+
+    def batches(self, *, length: int, batch: int, steps: int) -> Iterator[Tensor]:
+        """`steps` random crops of the stream, (batch, length) ids each; the same for a given seed."""
+        stream = self.stream()
+        if stream.numel() < length + 1:
+            raise HastenError(
+                f"Preparing needs at least {length + 1} tokens of text; {stream.numel()} were given."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(steps):
+            starts = torch.randint(0, stream.numel() - length, (batch,), generator=generator)
+            yield torch.stack([stream[s : s + length] for s in starts.tolist()]).to(
+                self.subject.model.device
+            )

@@ -1,0 +1,223 @@
+"""Opens any model and says what it is: kind, engine, size, which slots it offers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import hasten.zoo.catalogue as zoo
+from hasten.errors import SubjectError
+from hasten.parts import model_hash
+from hasten.technique import Slot
+
+
+@dataclass
+class Subject:
+    """A model ready to be hastened.
+
+    Attributes:
+        model: the model itself, in eval mode.
+        name: how it was named: zoo name, folder or hub id; the class name for a live object.
+        engine: which engine runs it.
+        tokenizer: its tokenizer where there is one.
+    """
+
+    model: PreTrainedModel
+    name: str
+    engine: str = "causal"
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the weights (`parts.model_hash`)."""
+        return model_hash(self.model)
+
+    @property
+    def kind(self) -> str:
+        """The model family, as transformers names it."""
+        return str(self.model.config.model_type)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, shared ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameters as loaded."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots that the engine offers for this model."""
+        return [slot for slot in Slot if slot.engine == self.engine]
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model was made for, if it says."""
+        config = self.model.config.get_text_config(decoder=True)
+        value = getattr(config, "max_position_embeddings", None)
+        return int(value) if value else None
+
+    def describe(self) -> dict[str, Any]:
+        """What this is, as data."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "engine": self.engine,
+            "parameters": self.num_parameters,
+            "bytes": self.num_bytes,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "context": self.context,
+            "slots": [slot.label for slot in self.slots],
+            "hash": self.hash,
+        }
+
+
+def open_subject(
+    what: str | os.PathLike[str] | nn.Module | Subject,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """Open a zoo name, a checkpoint folder, a hub id or a live model.
+
+    Args:
+        dtype: of the weights once loaded. "auto" takes float32 on a CPU, where small models run
+            fastest in it, and the checkpoint's own elsewhere.
+        trust_remote_code: run code that comes with a hub model; off unless asked for.
+
+    Raises:
+        SubjectError: where there is no such model, a file is damaged, or no engine runs it.
+    """
+    if isinstance(what, Subject):
+        return what
+    if isinstance(what, nn.Module):
+        return Subject(_checked(what), type(what).__name__, tokenizer=tokenizer)
+    name = os.fspath(what)
+    if not name.strip():
+        raise SubjectError("The model's name is empty; give a zoo name, a checkpoint folder or a hub id.")
+    if zoo.is_zoo_name(name):
+        source, shown = str(zoo.path(name)), name
+    else:
+        source = shown = name
+        _check_folder(name)
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = torch.float32
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": _is_folder(source)}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_config(config, shown)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except SubjectError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SubjectError(_unopened(shown, error)) from error
+    if device is not None or torch.cuda.is_available():
+        model = model.to(device or "cuda")
+    if tokenizer is None:
+        tokenizer = _tokenizer(source, options)
+    return Subject(_checked(model), shown, tokenizer=tokenizer)
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).is_dir()
+
+
+def _check_folder(name: str) -> None:
+    """Say at once what is wrong with a folder that cannot be a checkpoint."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or path.exists()
+    if not looks_local:
+        if name.count("/") > 1 or any(c.isspace() for c in name):
+            raise SubjectError(f"{name!r} is no zoo model, no folder and no hub id (owner/name). {_known()}")
+        return
+    if not path.exists():
+        raise SubjectError(f"There is no folder {name}. {_known()}")
+    if not path.is_dir():
+        raise SubjectError(f"{name} is a file; give the checkpoint's folder (with its config.json).")
+    config = path / "config.json"
+    if not config.is_file():
+        raise SubjectError(f"{name} holds no config.json, so it is no checkpoint folder. {_known()}")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SubjectError(f"{config} is not valid JSON: {error}.") from error
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise SubjectError(f"{name} holds no .safetensors file; hasten loads no other kind of weights.")
+    for file in weights:
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise SubjectError(f"{file} is damaged or cut short ({error}); copy it again.") from error
+
+
+def _known() -> str:
+    return f"Zoo models here: {', '.join(zoo.names()) or 'none'}."
+
+
+def _check_config(config: Any, name: str) -> None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SubjectError(
+            f"{name} is a {config.model_type!r} model, which no engine of hasten runs; the causal engine "
+            "runs transformers' causal language models."
+        )
+
+
+def _unopened(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not _is_folder(name):
+        return f"Cannot open {name!r}: it is no zoo model or folder, and as a hub id: {reason}. {_known()}"
+    return f"Cannot open {name}: {reason}"
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError):
+        return None  # ids in, ids out; what needs text says so
+
+
+def _checked(model: nn.Module) -> PreTrainedModel:
+    """The model, if the causal engine can run it."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise SubjectError(
+            f"{type(model).__name__} is no model that an engine of hasten runs; the causal engine takes "
+            "transformers models that have `generate` (…ForCausalLM)."
+        )
+    config = model.config.get_text_config(decoder=True)
+    stateful = getattr(model, "_is_stateful", False)
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    uses_registry = getattr(model, "_supports_attention_backend", False) or _looks_up_attention(model)
+    if encoder_decoder or stateful or not uses_registry or _has_other_layers(config):
+        raise SubjectError(
+            f"{type(model).__name__} ({config.model_type}) is a model family that the causal engine cannot run: it "
+            "needs a decoder whose every layer looks its attention up in transformers' registry."
+        )
+    return model.eval()
+
+
+def _looks_up_attention(model: nn.Module) -> bool:
+    """Whether the modeling code asks the attention registry (some families do without saying so)."""
+    module = __import__(type(model).__module__, fromlist=["_"])
+    return hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _has_other_layers(config: Any) -> bool:
+    """Linear attention, convolution or state-space layers keep a state that is no KV cache."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return bool(kinds - {"full_attention", "sliding_attention", "chunked_attention"})

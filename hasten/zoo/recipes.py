@@ -1,0 +1,345 @@
+"""Recipes for the zoo's code models: every shipped file can be made again with one call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from hasten.errors import HastenError
+from hasten.training.loop import Outcome, Settings, Stage, fit
+from hasten.training.memory import keep_freed_memory
+from hasten.zoo.catalogue import SHIPPED
+from hasten.zoo.corpus import Corpus, PackedTokens, SourceFile, default_corpus, tokenize
+from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
+from hasten.zoo.tokenizer import VOCABULARY_SIZE, train_tokenizer
+
+CONTEXT = 2048
+
+
+def growing(long_share: float) -> tuple[Stage, ...]:
+    """Sequences of 256, then 512, then the whole context for the last `long_share` of tokens.
+
+    Short ones are up to twice as fast; the last part must be long enough to learn to look far back.
+    """
+    return (
+        Stage(length=256, share=0.3),
+        Stage(length=512, share=round(0.7 - long_share, 6)),
+        Stage(length=CONTEXT, share=long_share),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A Llama-shaped code model with tied embeddings, and the run that trains it."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int  # queries share keys and values in groups of heads / kv_heads
+    intermediate: int
+    training: Settings
+    vocabulary: int = VOCABULARY_SIZE
+    context: int = CONTEXT
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise HastenError(
+                f"recipe {self.name}: hidden={self.hidden} over heads={self.heads} must give "
+                "a whole and even head dimension; change either"
+            )
+        if self.heads % self.kv_heads:
+            raise HastenError(
+                f"recipe {self.name}: kv_heads={self.kv_heads} does not divide "
+                f"heads={self.heads}; give one that does"
+            )
+        longest = max(stage.length for stage in self.training.stages)
+        if longest > self.context:
+            raise HastenError(
+                f"recipe {self.name}: a stage of length {longest} is longer than "
+                f"context={self.context}; shorten it"
+            )
+
+    def config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.intermediate,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a trained model says of itself; stored beside it as `card.json`."""
+
+    name: str
+    num_parameters: int
+    data: dict[str, Any]
+    training: dict[str, Any]
+    quality: dict[str, float]
+    recipe: dict[str, Any]
+    sha256: str  # of model.safetensors
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="code-lm",
+            hidden=256,
+            layers=8,
+            heads=8,
+            kv_heads=4,
+            intermediate=704,
+            training=Settings(tokens=10_000_000, stages=growing(0.4)),
+        ),
+        Recipe(
+            name="code-lm-small",
+            hidden=128,
+            layers=4,
+            heads=4,
+            kv_heads=2,
+            intermediate=352,
+            training=Settings(tokens=11_000_000, stages=growing(0.4)),
+        ),
+        Recipe(
+            name="code-lm-tiny",
+            hidden=64,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            intermediate=176,
+            training=Settings(
+                tokens=1_000_000, batch_tokens=4096, stages=growing(0.4), compile=False
+            ),
+        ),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        HastenError: where there is none.
+    """
+    if name not in RECIPES:
+        raise HastenError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def train(
+    name_or_recipe: str | Recipe,
+    output: Path,
+    *,
+    threads: int | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    corpus: Corpus | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Card:
+    """Run a recipe and write the model to the folder `output`, whole or not at all.
+
+    Args:
+        threads: processor threads (default: as torch is set); other numbers round otherwise.
+        max_tokens: cuts the run short; its schedule shrinks with it.
+        resume: go on where an interrupted run of the same recipe into `output` stopped.
+        corpus: text to learn from (default: this Python's standard library).
+        tokenizer: default: the one that ships with hasten, else one trained on the corpus.
+
+    Raises:
+        HastenError: where the name is unknown, a number is out of range or `output` is taken.
+        KeyboardInterrupt: on Ctrl-C; what was learnt is kept for `resume`.
+    """
+    chosen = recipe(name_or_recipe) if isinstance(name_or_recipe, str) else name_or_recipe
+    settings = replace(chosen.training, seed=seed)
+    if max_tokens is not None:
+        settings = replace(settings, tokens=min(max_tokens, settings.tokens))
+    chosen = replace(chosen, training=settings)
+    output = _checked(Path(output))
+    corpus = default_corpus() if corpus is None else corpus
+    if tokenizer is None:
+        tokenizer = _shipped_tokenizer() or train_tokenizer(
+            (file.text for file in corpus.train),
+            vocabulary_size=chosen.vocabulary,
+            context=chosen.context,
+        )
+    packed = PackedTokens(tokenize(corpus.train, tokenizer), seed=seed)
+    held_out = [file.text for file in corpus.held_out]
+    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    with _torch_state(threads, seed), keep_freed_memory():
+        model = LlamaForCausalLM(chosen.config(tokenizer))
+        outcome = fit(
+            model,
+            packed,
+            settings,
+            checkpoint=checkpoint,
+            resume=resume,
+            evaluate=lambda current: {
+                "held_out_bits_per_byte": bits_per_byte(
+                    current, tokenizer, held_out, context=512, stride=512, max_bytes=50_000
+                )
+            },
+            num_evaluations=10,
+            quiet=quiet,
+            label=chosen.name,
+        )
+        model.bfloat16()
+        model.eval()
+        quality = {
+            "loss": outcome.final_loss,
+            "bits_per_byte": bits_per_byte(model, tokenizer, held_out, context=chosen.context),
+            "xz_bits_per_byte": xz_bits_per_byte(held_out),
+        }
+        card = export(model, tokenizer, chosen, output, outcome, corpus, packed, quality)
+    checkpoint.unlink(missing_ok=True)
+    return card
+
+
+def export(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    chosen: Recipe,
+    output: Path,
+    outcome: Outcome,
+    corpus: Corpus,
+    packed: PackedTokens,
+    quality: dict[str, float],
+) -> Card:
+    """Write model, tokenizer and card beside `output`, then move them there in one step."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with _no_progress_bar():
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        card = Card(
+            name=chosen.name,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            data=_describe(corpus, packed),
+            training={
+                "steps": outcome.steps,
+                "tokens_seen": outcome.tokens,
+                "seconds": round(outcome.seconds, 1),
+                "machine": _machine(),
+                "torch": torch.__version__,
+                "evaluations": outcome.evaluations,
+            },
+            quality=quality,
+            recipe=asdict(chosen),
+            sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        )
+        card.save(folder / "card.json")
+        folder.chmod(0o755)  # temporary files are private; models are not
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        _swap(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return card
+
+
+def _checked(output: Path) -> Path:
+    """Refuse to replace anything but a model: the folder is removed when the new one is ready."""
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty and not (output / "card.json").is_file():
+        raise HastenError(
+            f"{output} exists and is no zoo model; give a new folder, or one that holds such a model"
+        )
+    return output.absolute()
+
+
+def _swap(folder: Path, output: Path) -> None:
+    """Put `folder` in the place of `output`; a folder cannot be renamed on to a full one."""
+    if not output.exists():
+        folder.rename(output)
+        return
+    old = folder.with_name(folder.name + ".old")
+    output.rename(old)
+    folder.rename(output)
+    shutil.rmtree(old)
+
+
+def _describe(corpus: Corpus, packed: PackedTokens) -> dict[str, Any]:
+    def entry(file: SourceFile) -> dict[str, Any]:
+        return {"path": file.path, "bytes": file.num_bytes, "sha256": file.sha256}
+
+    return {
+        "source": "Python standard library",
+        "python": platform.python_version(),
+        "num_files": len(corpus.train),
+        "num_bytes": sum(file.num_bytes for file in corpus.train),
+        "num_tokens": packed.num_tokens,
+        "held_out": [entry(file) for file in corpus.held_out],
+    }
+
+
+def _machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} processor with {capability}, {torch.get_num_threads()} thread(s)"
+
+
+def _shipped_tokenizer() -> PreTrainedTokenizerFast | None:
+    folder = SHIPPED / "code-lm"
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for the one small file that it writes."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _torch_state(threads: int | None, seed: int) -> Iterator[None]:
+    """Seed torch and set its threads, and put both back."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        if threads < 1:
+            raise HastenError(f"threads is {threads}; give 1 or more")
+        torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)

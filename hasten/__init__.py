@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hasten.api import apply, prepare
+    from hasten.benchmark.driver import bench
     from hasten.plan import Plan
     from hasten.subject import open_subject
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "apply", "open_subject", "prepare"]
+__all__ = ["Plan", "apply", "bench", "open_subject", "prepare"]
 
 _HOMES = {
     "apply": "hasten.api",
     "prepare": "hasten.api",
+    "bench": "hasten.benchmark.driver",
     "Plan": "hasten.plan",
     "open_subject": "hasten.subject",
 }

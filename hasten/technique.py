@@ -180,6 +180,10 @@ class Technique:
         """What the technique builds once per model (modules, lists); handed to `begin`."""
         return parts
 
+    def loss_class(self) -> Loss:
+        """What the technique may change at these knobs; the card says it for the defaults."""
+        return self.card.loss
+
     @property
     def knobs(self) -> dict[str, Any]:
         """All knobs with their values, in the order of their declaration."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hasten.causal.slots import KV
 
 NAME = "hasten"
+STATIC_NAME = "hasten_static"
 CHUNK_ELEMENTS = 1 << 24  # attention weights computed at once when a technique watches a prompt
 
 
@@ -39,7 +40,6 @@ class Pass:
     kv: KV | None = None
     kv_state: Any = None
     is_prompt: bool = False
-    static: bool = False  # the mask comes with the call; no technique takes part
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
     def mask(self, layer: LayerCache, window: int | None) -> Tensor | None:
@@ -83,6 +83,7 @@ class AttentionView:
     scaling: float
     positions: Tensor  # (batch, block)
     is_prompt: bool
+    softcap: float | None = None
 
     @property
     def groups(self) -> int:
@@ -97,6 +98,8 @@ class AttentionView:
         grouped = query.reshape(batch, keys.shape[1], self.groups * rows, dim)
         scores = (grouped.float() @ keys.float().transpose(2, 3)) * self.scaling
         scores = scores.reshape(batch, heads, rows, keys.shape[2])
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         stop = self.query.shape[2] if stop is None else stop
         if self.mask is not None:
             mask = self.mask[:, :, start:stop]
@@ -141,11 +144,11 @@ def in_flight(current: Pass) -> Iterator[Pass]:
 
 
 @contextmanager
-def engine_attention(model: PreTrainedModel) -> Iterator[None]:
+def engine_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """Run a model on the engine's attention; its own setting is back afterwards."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = name
     try:
         yield
     finally:
@@ -175,19 +178,18 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     current = _IN_FLIGHT.get()
-    if current is None or current.static:
-        return dense(module, query, key, value, attention_mask, scale, softcap), None
+    assert current is not None, "the engine's attention runs inside a pass only"
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     layer = current.cache.layers[layer_idx]
     mask = current.mask(layer, sliding_window)
     if current.kv is not None:
         view = AttentionView(
-            layer_idx, query, layer, mask, scale, current.positions, current.is_prompt
+            layer_idx, query, layer, mask, scale, current.positions, current.is_prompt, softcap
         )
         chosen = current.kv.read(current.kv_state, view)
         current.kv.observe(current.kv_state, view)
         if chosen is not None:
-            return selected(query, key, value, mask, chosen, scale), None
+            return selected(query, key, value, mask, chosen, scale, softcap), None
     return dense(module, query, key, value, mask, scale, softcap), None
 
 
@@ -230,7 +232,13 @@ def _softcapped(
 
 
 def selected(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, chosen: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    chosen: Tensor,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention over chosen entries only: (batch, block, heads, head_dim).
 
@@ -255,19 +263,26 @@ def selected(
             causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             mask = causal.tril(key.shape[2] - query.shape[2])
         mask = picked if mask is None else picked & mask
-        return _grouped(query, key, value, mask, scale)
-    if chosen.shape[1] == heads and heads != kv_heads:  # per query head: expand, then gather
-        key = key.repeat_interleave(heads // kv_heads, dim=1)
-        value = value.repeat_interleave(heads // kv_heads, dim=1)
+        return _grouped(query, key, value, mask, scale, softcap)
     source = chosen.clamp(min=0)
-    index = source[..., None].expand(-1, -1, -1, key.shape[3])
     picked_mask = _picked_mask(mask, chosen, source, heads, query.shape[2])
-    values_index = source[..., None].expand(-1, -1, -1, value.shape[3])
-    return _grouped(query, key.gather(2, index), value.gather(2, values_index), picked_mask, scale)
+    # What the query heads of one KV head choose lies side by side, so it is gathered at once.
+    index = source.reshape(source.shape[0], kv_heads, -1)
+    key, value = (
+        tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3])).view(
+            *source.shape, tensor.shape[3]
+        )
+        for tensor in (key, value)
+    )
+    return _grouped(query, key, value, picked_mask, scale, softcap)
 
 
-def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """SDPA that lets query heads share KV heads: (batch, block, heads, head_dim)."""
+    if softcap is not None:
+        return _softcapped(query, key, value, mask, scale, softcap).transpose(1, 2).contiguous()
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -291,4 +306,24 @@ def _picked_mask(
     return full.gather(3, columns) & seen
 
 
+def static_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a compiled pass: the mask comes with the call and no technique takes part."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is not None:
+        out = _softcapped(query, key, value, attention_mask, scale, softcap)
+        return out.transpose(1, 2).contiguous(), None
+    return _grouped(query, key, value, attention_mask, scale), None
+
+
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(STATIC_NAME, static_attention)

@@ -165,6 +165,7 @@ class KVCache(Cache):
         super().__init__(layers=[LayerCache(table, capacity) for _ in range(num_layers)])  # type: ignore[misc]
         self.batch = batch
         self.block = 0  # entries appended by the pass in flight, not committed yet
+        self.kept: Tensor | None = None  # what the last commit kept of its block (see `commit`)
 
     # -- what models call ----------------------------------------------------------------------
     def update(  # type: ignore[override]
@@ -197,7 +198,7 @@ class KVCache(Cache):
                 keeps the first `num_kept` entries, which moves nothing.
             num_kept: length of the kept part; None keeps the whole block.
         """
-        block, self.block = self.block, 0
+        block, self.block, self.kept = self.block, 0, kept
         if kept is not None:
             num_kept = kept.shape[1]
         if num_kept is None or (kept is None and num_kept == block):
@@ -214,6 +215,14 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.settle(block, kept, num_kept)
 
+    def reopen(self, count: int) -> None:
+        """Put the last `count` committed entries in flight again, to keep only some after all.
+
+        Nothing may have been evicted since they were committed.
+        """
+        assert self.block == 0, "the last pass was neither committed nor rolled back"
+        self.block = count
+
     def rollback(self) -> None:
         """End the pass in flight and keep nothing of it."""
         self.commit(num_kept=0)
@@ -226,6 +235,7 @@ class KVCache(Cache):
         Cache.__init__(twin, layers=[x.copy(copies[id(x.table)], rows) for x in self.layers])  # type: ignore[misc]
         twin.batch = self.batch if rows is None else int(rows.shape[0])
         twin.block = 0
+        twin.kept = None
         return twin
 
     def num_bytes(self) -> int:

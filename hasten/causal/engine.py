@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
-from hasten.causal.runners import EagerRunner, Runner
+from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.errors import HastenError, PlanError
 from hasten.parts import find
 from hasten.plan import Plan
@@ -24,6 +25,9 @@ from hasten.prepare import Preparation
 from hasten.subject import Subject
 from hasten.technique import Parts
 
+RUNNERS: dict[str, type[Runner]] = {"eager": EagerRunner, "compiled": CompiledRunner}
+
+_RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = weakref.WeakKeyDictionary()
 _APPLIED: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
 
@@ -51,13 +55,21 @@ class CausalModel:
         plan: the techniques, in the order in which they were written.
         activity: counters of the last call.
         peak_cache_bytes: largest size of the KV caches in the last call.
+        cache_bytes: their size at its end.
+        prefill_seconds: time from the start of the last call to its first token.
     """
 
     def __init__(
-        self, subject: Subject, plan: Plan, *, runner: str = "eager", parts: dict[str, Parts] | None = None
+        self,
+        subject: Subject,
+        plan: Plan,
+        *,
+        runner: str = "eager",
+        parts: dict[str, Parts] | None = None,
+        exclusive: bool = True,
     ) -> None:
         model = subject.model
-        if model in _APPLIED:
+        if exclusive and model in _APPLIED:
             raise PlanError(
                 f"This model has the plan {_APPLIED[model] or '(empty)'!r} on it already; call undo() first."
             )
@@ -65,11 +77,16 @@ class CausalModel:
         self.plan = plan
         self.parts = {t.name: self._parts_of(t, parts or {}) for t in plan}
         self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
-        self.runner: Runner = make_runner(runner, model, plan)
+        brought = [own for t, bound in self.bound if (own := t.model(bound)) is not None]
+        self.runner: Runner = make_runner(runner, brought[0] if brought else model, plan)
         self.activity: dict[str, int] = {}
         self.peak_cache_bytes = 0
+        self.prefill_seconds = 0.0
+        self.cache_bytes = 0
         self._open = True
-        _APPLIED[model] = str(plan)
+        self._exclusive = exclusive
+        if exclusive:
+            _APPLIED[model] = str(plan)
 
     def _parts_of(self, technique: Any, given: dict[str, Parts]) -> Parts:
         if technique.name in given:
@@ -157,7 +174,8 @@ class CausalModel:
         if self._open:
             self._open = False
             self.bound = []
-            _APPLIED.pop(self.subject.model, None)
+            if self._exclusive:
+                _APPLIED.pop(self.subject.model, None)
 
     def __enter__(self) -> CausalModel:
         return self
@@ -177,9 +195,11 @@ class CausalModel:
 
     def _execute(self, run: Run) -> None:
         self.peak_cache_bytes = 0
+        start = time.perf_counter()
         try:
             run.execute()
         finally:
+            self.prefill_seconds = run.first_token_at - start if run.first_token_at else 0.0
             self.activity = dict(run.activity)
             self.peak_cache_bytes = run.peak_cache_bytes
             self.cache_bytes = sum(lane.cache.num_bytes() for lane in run.lanes.values())
@@ -191,9 +211,13 @@ def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
         if name not in technique.contract.runners:
             allowed = ", ".join(sorted(technique.contract.runners))
             raise PlanError(f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}.")
-    if name == "eager":
-        return EagerRunner(model)
-    raise PlanError(f"Unknown runner {name!r}; there are: eager.")
+    if name not in RUNNERS:
+        raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(sorted(RUNNERS))}.")
+    # One runner per model and kind: a compiled one keeps its graphs from plan to plan.
+    runners = _RUNNERS.setdefault(model, {})
+    if name not in runners:
+        runners[name] = RUNNERS[name](model)
+    return runners[name]
 
 
 def prepare(subject: Subject, plan: Plan, preparation: Preparation) -> dict[str, Parts]:

@@ -5,6 +5,7 @@ The loop is `Run.decode`; the path of one token through it is described in docs/
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,7 @@ class Run:
         self.on_tokens: Any = None  # called with (run, first new column) after tokens were emitted
         self.states: dict[int, Any] = {}
         self.peak_cache_bytes = 0
+        self.first_token_at = 0.0  # time.perf_counter() when the prompt was through
 
     # -- set-up and end ------------------------------------------------------------------------
     @property
@@ -211,6 +213,9 @@ class Run:
             output = self.forward(self.compose(None, is_prompt=True))
             self.commit(None)
         self.decide(None, output)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.first_token_at = time.perf_counter()
 
     def step(self) -> None:
         """One pass: draft, run, accept, commit, compress."""
@@ -250,7 +255,9 @@ class Run:
         depths = torch.tensor(draft.depths(), device=self.device)
         absent = draft.tokens < 0
         node_holes = bool(absent.any())
-        node_positions = root + depths
+        # Nodes beyond the last token that may come are of no use, and models without rotary
+        # positions have no place for them.
+        node_positions = (root + depths).clamp(max=self.last_position)
         if node_holes:
             node_positions = node_positions.masked_fill(absent, -1)
         num_pending = tokens.shape[1]
@@ -420,6 +427,11 @@ class Run:
         """Tokens that may still be emitted in the row that is furthest back."""
         emitted = int(self.lengths.min()) - self.prompt_length
         return self.settings.max_new_tokens - emitted
+
+    @property
+    def last_position(self) -> int:
+        """The position that the last token of the longest row will have at most."""
+        return self.prompt_length + self.settings.max_new_tokens - 1
 
     def sequence(self) -> Tensor:
         """(batch, longest) ids so far; a row that is shorter has padding behind its end."""

@@ -22,6 +22,8 @@ from torch import Tensor
 from hasten.technique import Technique
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hasten.causal.attention import AttentionView
     from hasten.causal.cache import KVCache
     from hasten.causal.run import Lane, Output, Run
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 class CausalTechnique(Technique):
     """A technique of the causal engine."""
+
+    def model(self, bound: Any) -> PreTrainedModel | None:
+        """The model that decodes in the subject's place, made by `bind`; None for the subject itself."""
+        return None
 
     def begin(self, run: Run, bound: Any) -> Any:
         """Make this call's state; `bound` is what `bind` returned for the model."""

@@ -153,9 +153,7 @@ def passes_ceiling(
     return ceiling("passes", decode_share, tokens_per_pass / pass_cost, label=label, why=why)
 
 
-def verify_cost(
-    work: TokenWork, limits: Limits, num_tokens: int, *, dtype: str = "fp32"
-) -> float:
+def verify_cost(work: TokenWork, limits: Limits, num_tokens: int, *, dtype: str = "fp32") -> float:
     """Cost of a pass over `num_tokens` tokens at once, in plain passes (modelled, at least 1).
 
     Weights and cache are read once for all of them; the arithmetic grows with their number.

@@ -100,7 +100,7 @@ class Ratio:
     round). `low` and `high` bound that median at 95 %: a seeded bootstrap over rounds, widened to
     the exact order-statistic interval where that is wider (always so for few rounds; at five rounds
     it is the whole range, which covers 93.75 %). `coverage` is the probability that is reached.
-    The interval knows the noise of this session only, not that of another day. With a single round
+    The interval knows the noise of this run only, not that of another day. With a single round
     there is none, and `low` and `high` are None.
     """
 

@@ -245,9 +245,7 @@ class Ledger:
 
 
 @contextmanager
-def _transaction(
-    connection: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE"
-) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
     """All or nothing; unless `begin` says otherwise the write lock is taken at the start."""
     connection.execute(begin)
     try:

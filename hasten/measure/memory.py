@@ -68,6 +68,8 @@ def peak_memory(device: torch.device | str | None = None) -> Iterator[Peak]:
             yield peak
         finally:
             _open.remove(peak)
+
+
 def resident_bytes() -> int | None:
     """Resident memory of this process now; None where the system does not say."""
     try:

@@ -62,7 +62,7 @@ def parse_share(sources: Iterable[str], prompt_chars: Iterable[int] | None = Non
 
 
 def _grammar(source: str) -> str:
-    """"complete", "incomplete" (right so far) or "wrong"."""
+    """ "complete", "incomplete" (right so far) or "wrong"."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in strings are not our business

@@ -16,6 +16,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from hasten.measure.parsing import line_starts
@@ -142,7 +143,7 @@ class _Source:
         starts = line_starts(text)
         kinds = _defined_names(tree)
         uses = []
-        for before, token in zip(tokens, tokens[1:], strict=False):
+        for before, token in pairwise(tokens):
             if token.type != tokenize.NAME or token.string not in kinds:
                 continue
             kind, defined_line = kinds[token.string]

@@ -298,7 +298,8 @@ def _pool(table: Array, expected: Array, min_expected: float) -> Array:
     while 0 < rare < len(expected) and expected[:rare].sum() < min_expected:
         rare += 1
     if rare:
-        table = np.concatenate([table[:, :rare].sum(axis=1, keepdims=True), table[:, rare:]], axis=1)
+        pool = table[:, :rare].sum(axis=1, keepdims=True)
+        table = np.concatenate([pool, table[:, rare:]], axis=1)
     if table.shape[1] < 2:
         raise HastenError(
             f"too few draws to tell: all outcomes expect fewer than {min_expected:g} counts; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -18,71 +19,76 @@ _VERDICT_STYLES = {"faster": "green", "no gain": "yellow", "inactive": "magenta"
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
-    """A bench result (the object of `bench --json`): baselines first, then one line per plan."""
+    """A bench result (the object of `bench --json`): baselines first, then one line per plan.
+
+    Fits in 80 columns. Ceilings that were measured get a column apart from modelled ones.
+    """
     rows = view.objects(result, "rows")
-    labels = [
-        label
-        for label in (MODELLED, MEASURED)
-        if any(number(row, "ceiling") is not None and view.ceiling_label(row) == label
-               for row in rows)
-    ] or [MODELLED]
-    subject = text(result, "subject", "name")
-    title = f"{subject}: speed beside the baseline, in turns"
-    table = _table(title, view.conditions(result).sentence())
-    table.add_column("plan", overflow="fold", min_width=12)
-    table.add_column("verdict", min_width=8)
-    _numbers(table, "speed ratio", MEASURED)
+    labels = _ceiling_labels(rows)
+    title = f"{text(result, 'subject', 'name')}: speed beside the baseline, in turns"
+    if view.is_preliminary(result):
+        title += " (preliminary: fewer than five rounds)"
+    table = _table(title, "\n".join([*_reasons(rows), view.conditions(result).sentence()]))
+    crowded = len(labels) > 1  # one column more has to fit in 80
+    if crowded:
+        table.padding = 0
+    table.add_column("plan", overflow="fold", min_width=10 if crowded else 12)
+    _numbers(table, "speed\nratio", MEASURED)
     _numbers(table, "tokens/s", MEASURED)
     _numbers(table, "of limit", MODELLED)
     for label in labels:
-        _numbers(table, "ceiling", label)
-    _numbers(table, "reached", MODELLED)
-    table.add_column("class, proof", min_width=8)
-    _numbers(table, "quality kept", MEASURED)
-    _numbers(table, "peak memory", MEASURED)
+        _numbers(table, "ceiling,\nreached", label)
+    _numbers(table, "class, proof,\nquality", MEASURED)
+    _numbers(table, "memory", MEASURED)
     blanks = [DASH] * len(labels)
     naive = view.look(result, "baseline", "naive")
     if isinstance(naive, Mapping):
         table.add_row(
-            Text(text(naive, "runner"), style="dim"),
-            Text("naive", style="dim"),
+            _named(text(naive, "runner"), "the naive way"),
             _ratio(naive),
             _speed(naive),
             view.percent(view.limit_fraction(result, naive)),
-            *blanks, DASH, DASH, DASH, DASH,
+            *blanks,
+            DASH,
+            view.size(number(naive, "peak_bytes")),
         )
     table.add_row(
-        Text(text(result, "baseline", "runner")),
-        Text("baseline", style="dim"),
-        Text("1 by definition", style="dim"),
+        _named(text(result, "baseline", "runner"), "baseline"),
+        DASH,
         _speed(view.look(result, "baseline")),
         view.percent(number(result, "baseline", "limit_fraction")),
-        *blanks, DASH, DASH, DASH,
+        *blanks,
+        DASH,
         view.size(number(result, "baseline", "peak_bytes")),
         end_section=True,
     )
     for row in rows:
-        ceilings = [
-            view.times(number(row, "ceiling")) if view.ceiling_label(row) == label else DASH
-            for label in labels
-        ]
         table.add_row(
-            Text(view.plan_name(row), style="bold"),
-            _verdict(row),
+            _plan(row),
             _ratio(row),
             _speed(row),
             view.percent(view.limit_fraction(result, row)),
-            *ceilings,
-            view.percent(number(row, "reached")),
-            _proof(row),
-            _quality(row),
+            *(_ceiling(row) if view.ceiling_label(row) == label else DASH for label in labels),
+            _proof(row).append("\n").append_text(_quality(row)),
             view.size(number(row, "peak_bytes")),
         )
     if not rows:
         table.add_row(Text("no plan was measured", style="dim"))
-    if view.is_preliminary(result):
-        table.title = f"{title} — preliminary, fewer than five rounds"
     return table
+
+
+def _reasons(rows: Iterable[Any]) -> list[str]:
+    """Why a plan is not simply faster, one line each; under the table there is room for it."""
+    return [
+        f"{view.plan_name(row)}: {text(row, 'verdict')}, {text(row, 'reason')}"
+        for row in rows
+        if text(row, "reason") != DASH
+    ]
+
+
+def _ceiling_labels(rows: Iterable[Any]) -> list[str]:
+    used = {view.ceiling_label(row) for row in rows if number(row, "ceiling") is not None}
+    return [label for label in (MODELLED, MEASURED) if label in used] or [MODELLED]
 
 
 def pairs_table(result: Mapping[str, Any]) -> Table:
@@ -115,7 +121,8 @@ def limits_table(limits: Limits | Mapping[str, Any]) -> Table:
     table.add_column("note", overflow="fold")
     streamed = number(data, "streamed_bytes")
     table.add_row(
-        "read bandwidth", view.rate(number(data, "bandwidth"), "B/s"),
+        "read bandwidth",
+        view.rate(number(data, "bandwidth"), "B/s"),
         f"streaming {view.size(streamed)}",
     )
     cached = view.look(data, "cached_bandwidth")
@@ -152,31 +159,33 @@ def ledger_table(entries: Iterable[Entry], cards: Mapping[str, Any] | None = Non
     `cards` maps a technique's name to its card, whose `claims` have `what`, `value` and `where`.
     """
     table = _table("Measured here, beside what the papers claim", None)
-    table.add_column("plan", overflow="fold")
-    table.add_column("subject", overflow="fold")
-    _numbers(table, "speed ratio", MEASURED)
-    table.add_column("verdict")
-    _numbers(table, "quality kept", MEASURED)
-    table.add_column(f"claims\n{CITED}", overflow="fold")
-    table.add_column("measured on", overflow="fold")
+    table.add_column("plan", overflow="fold", min_width=12)
+    table.add_column("subject", overflow="fold", min_width=8)
+    _numbers(table, "speed\nratio", MEASURED)
+    _numbers(table, "class, proof,\nquality", MEASURED)
+    claims = Text("claims", style="bold").append(f"\n{CITED}", style="dim italic")
+    table.add_column(claims, overflow="fold", min_width=12)
+    table.add_column("measured on", overflow="fold", min_width=10)
     here, now = machine().fingerprint, versions()
     any_stale = False
     for entry in entries:
         reasons = stale_reasons(entry, now_versions=now, now_fingerprint=here)
         any_stale |= bool(reasons)
-        when = entry.created[:10] + (f"; {reasons[0]}" if reasons else "")
+        when = entry.created[:10] + (f"\n{reasons[0]}" if reasons else "")
         if len(reasons) > 1:
-            when += f" and {len(reasons) - 1} more"
-        table.add_row(
-            Text(entry.plan),
+            when += f", {len(reasons) - 1} more"
+        cells = [
+            _plan({**entry.row, "plan": entry.plan}),
             Text(entry.subject),
             _ratio(entry.row),
-            _verdict(entry.row, with_reason=False),
-            _quality(entry.row),
+            _proof(entry.row).append("\n").append_text(_quality(entry.row)),
             Text("\n".join(_claims(entry.techniques, cards or {})) or DASH),
             Text(when),
-            style="dim" if reasons else None,
-        )
+        ]
+        if reasons:
+            # Colours would shine through a dim row and look valid.
+            cells = [Text(cell.plain) for cell in cells]
+        table.add_row(*cells, style="dim" if reasons else None)
     if table.row_count == 0:
         table.add_row(Text("nothing measured yet: run `hasten bench`", style="dim"))
     if any_stale:
@@ -197,20 +206,40 @@ def _claims(techniques: Iterable[str], cards: Mapping[str, Any]) -> list[str]:
 def _table(title: str, caption: str | None) -> Table:
     # Text, not markup: a plan may hold square brackets.
     return Table(
-        title=Text(title),
-        caption=Text(caption) if caption else None,
+        title=Text(title, style="bold"),
+        caption=Text(caption, style="dim") if caption else None,
         title_justify="left",
         caption_justify="left",
-        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
         border_style="dim",
-        show_lines=False,
     )
 
 
 def _numbers(table: Table, heading: str, label: str) -> None:
+    """A column of numbers, never cut short: a figure that lost its end is a wrong figure."""
     header = Text(heading, style="bold")
     header.append(f"\n{label}", style="dim italic")
-    table.add_column(header, justify="right")
+    table.add_column(header, justify="right", no_wrap=True, overflow="fold")
+
+
+def _named(name: str, remark: str) -> Text:
+    return Text(name).append(f"\n{remark}", style="dim")
+
+
+def _plan(row: Any) -> Text:
+    words = Text(view.plan_name(row), style="bold")
+    verdict = text(row, "verdict")
+    style = f"not bold {_VERDICT_STYLES.get(verdict, '')}"
+    return words.append(f"\n{verdict}", style=style.strip())
+
+
+def _ceiling(row: Any) -> Text:
+    words = Text(view.times(number(row, "ceiling")))
+    reached = number(row, "reached")
+    return words if reached is None else words.append(f"\n{view.percent(reached)}", style="dim")
 
 
 def _ratio(row: Any) -> Text:
@@ -222,8 +251,7 @@ def _ratio(row: Any) -> Text:
     words = Text(view.times(middle), style=style)
     if middle is not None:
         # Without an interval the figure must not look certain.
-        interval = view.ratio_span(row) if low is not None and high is not None else "no interval"
-        words.append(f"\n{interval}", style="dim")
+        words.append(f"\n{view.ratio_span(row)}" if low and high else "\nno interval", style="dim")
     return words
 
 
@@ -232,16 +260,7 @@ def _speed(row: Any) -> Text:
     low = number(row, "tokens_per_second", "iqr", 0)
     high = number(row, "tokens_per_second", "iqr", 1)
     if low is not None and high is not None:
-        words.append(f"\n{view.plain_number(low)}–{view.plain_number(high)}", style="dim")
-    return words
-
-
-def _verdict(row: Any, *, with_reason: bool = True) -> Text:
-    verdict = text(row, "verdict")
-    words = Text(verdict, style=_VERDICT_STYLES.get(verdict, ""))
-    reason = text(row, "reason")
-    if with_reason and reason != DASH:
-        words.append(f"\n{reason}", style="dim")
+        words.append(f"\n{view.plain_number(low)}{DASH}{view.plain_number(high)}", style="dim")
     return words
 
 
@@ -251,7 +270,7 @@ def _proof(row: Any) -> Text:
     if passed is True:
         words.append("\nproved", style="green")
     elif passed is False:
-        words.append("\nfailed", style="bold red")
+        words.append("\nproof failed", style="bold red")
     else:
         words.append("\nnot proved", style="dim")
     return words
@@ -261,8 +280,9 @@ def _quality(row: Any) -> Text:
     quality = view.main_quality(row)
     if quality is None:
         return Text(DASH)
-    words = Text(view.recovery_words(quality.recovery))
+    words = Text(f"{quality.name}\n", style="dim")
+    words.append(view.recovery_words(quality.recovery), style="not dim")
     if quality.low is not None and quality.high is not None:
-        words.append(f"\n{view.span(100 * quality.low, 100 * quality.high, decimals=1)}", style="dim")
-    words.append(f"\n{quality.name}", style="dim")
+        interval = view.span(100 * quality.low, 100 * quality.high, decimals=1)
+        words.append(f"\n{interval}", style="dim")
     return words

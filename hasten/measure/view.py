@@ -1,7 +1,7 @@
 """Reading a bench result for people: safe look-ups and number formats for tables and report.
 
 A result may lack any piece (no quality, no ceiling, an interrupted run). Whatever is missing, not
-finite or of an unexpected type reads as "–", never as an error and never as zero.
+finite or of an unexpected type reads as a dash, never as an error and never as zero.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DASH = "–"
+DASH = "\N{EN DASH}"
 
 MEASURED, MODELLED, CITED = "measured", "modelled", "cited"
 
@@ -41,7 +41,7 @@ def number(value: Any, *path: str | int) -> float | None:
 
 
 def text(value: Any, *path: str | int) -> str:
-    """What stands at the end of the path, in words; "–" where nothing does."""
+    """What stands at the end of the path, in words; a dash where nothing does."""
     found = look(value, *path)
     if found is None or found == "":
         return DASH
@@ -85,7 +85,8 @@ def percent(value: float | None) -> str:
     """A share: 43 %, or 0.4 % for small ones."""
     if value is None:
         return DASH
-    return f"{100 * value:.1f} %" if abs(value) < 0.0995 and value else f"{100 * value:.0f} %"
+    digits = 1 if 0 < abs(value) < 0.0995 else 0
+    return f"{100 * value:.{digits}f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def recovery_words(value: float | None) -> str:
@@ -116,15 +117,21 @@ def rate(value: float | None, unit: str) -> str:
 
 
 def span(low: float | None, high: float | None, *, decimals: int = 2) -> str:
-    """An interval: 1.55–1.70; "–" where either end is unknown."""
+    """An interval from low to high; a dash where either end is unknown."""
     if low is None or high is None:
         return DASH
-    return f"{low:.{decimals}f}–{high:.{decimals}f}"
+    return f"{low:.{decimals}f}{DASH}{high:.{decimals}f}"
 
 
 def ratio_span(row: Any) -> str:
     """The interval of a row's speed ratio."""
     return span(number(row, "ratio", "low"), number(row, "ratio", "high"))
+
+
+def coverage(rows: Iterable[Any]) -> str:
+    """How surely the intervals of these ratios cover: "95 %", or less after few rounds."""
+    stated = [number(row, "ratio", "coverage") for row in rows]
+    return f"{100 * min([c for c in stated if c is not None], default=0.95):.0f} %"
 
 
 def plan_name(row: Any) -> str:
@@ -199,7 +206,7 @@ def _quality(metric: str, found: Any) -> Quality:
     if value is None:
         value = number(found, "share")
     known = {"value", "share", "original", "recovery", "interval", "num_units"}
-    remarks = [f"{key.replace('_', ' ')} {text(found, key)}" for key in found if key not in known]
+    remarks = [f"{key.replace('_', ' ')}: {text(found, key)}" for key in found if key not in known]
     units = number(found, "num_units")
     if units is not None:
         remarks.append(f"{units:.0f} units")
@@ -259,9 +266,17 @@ def machine_words(machine: Any) -> str:
 
 def claim_words(claim: Any) -> str:
     """A paper's claim in one line: what, value and where. Takes a mapping or an object."""
-    what, value, where = (claim_field(claim, name) for name in ("what", "value", "where"))
-    words = [text(what), text(value)] if value is not None else [text(what)]
-    return " ".join(words) + (f" ({where})" if where else "")
+    where = claim_field(claim, "where")
+    words = [text(claim_field(claim, "what")), claimed(claim)]
+    return " ".join(w for w in words if w != DASH) + (f" ({where})" if where else "")
+
+
+def claimed(claim: Any) -> str:
+    """The value of a claim; that of a speed claim is a ratio."""
+    value = claim_field(claim, "value")
+    if is_speed_claim(claim) and number(value) is not None:
+        return times(number(value))
+    return text(value)
 
 
 def claim_field(claim: Any, name: str) -> Any:

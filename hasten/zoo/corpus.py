@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,3 +206,19 @@ def tokenize(files: Sequence[SourceFile], tokenizer: PreTrainedTokenizerFast) ->
     # The backend itself, because the wrapper warns about texts longer than one context.
     encoded = tokenizer.backend_tokenizer.encode_batch([file.text for file in files])
     return [torch.tensor([*one.ids, tokenizer.eos_token_id], dtype=torch.int32) for one in encoded]
+
+
+def training_texts(num_bytes: int, seed: int = 0) -> list[str]:
+    """Documents of the training split, about `num_bytes` in all; the same for a given seed.
+
+    What techniques train their parts on where the user gives no text.
+    """
+    files = list(default_corpus().train)
+    random.Random(seed).shuffle(files)
+    chosen: list[str] = []
+    for file in files:
+        if num_bytes <= 0:
+            break
+        chosen.append(file.text)
+        num_bytes -= file.num_bytes
+    return chosen

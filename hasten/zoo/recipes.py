@@ -133,7 +133,12 @@ RECIPES: dict[str, Recipe] = {
             kv_heads=2,
             intermediate=176,
             training=Settings(
-                tokens=1_000_000, batch_tokens=4096, stages=growing(0.4), compile=False
+                tokens=750_000,
+                batch_tokens=2048,  # many small steps and high rates: there is under a minute
+                stages=growing(0.4),
+                matrix_lr=0.03,
+                other_lr=0.03,
+                compile=False,  # would take as long as it saves
             ),
         ),
     )

@@ -1,0 +1,206 @@
+"""Quality of a plan beside the original, on the same prompts and seeds; and the proof of its class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.benchmark.workload import Workload
+from hasten.causal.engine import CausalModel
+from hasten.measure.parsing import parses
+from hasten.measure.retrieval import retrieved
+from hasten.measure.stats import (
+    exp_weighted_mean,
+    recovery,
+    recovery_of_shares,
+    two_sample_test,
+    weighted_mean,
+)
+from hasten.measure.text_quality import agreement, bits_per_byte, kl_divergence, perplexity
+from hasten.technique import Loss
+
+Tick = Callable[[], None]
+
+RETRIEVAL_TOKENS = 12
+SAMPLED_CALLS = 300  # calls a side for the test of a sampling distribution
+SAMPLED_TOKENS = 2
+MIN_RECOVERY = 0.5  # a lossy plan that keeps less of the perplexity than this is broken
+
+
+@dataclass
+class Answers:
+    """What one plan did on a workload: everything that quality is computed from."""
+
+    ids: list[Tensor] = field(default_factory=list)  # new ids of each prompt, greedy
+    nll: list[Tensor] = field(default_factory=list)  # (length,) nats of each passage
+    logits: list[Tensor] = field(default_factory=list)  # (length, vocabulary), half precision
+    texts: list[tuple[str, int]] = field(default_factory=list)  # prompt + continuation, prompt chars
+    recalled: list[bool] = field(default_factory=list)
+
+
+def answer(model: CausalModel, work: Workload, tick: Tick) -> Answers:
+    """Run a plan over the workload's prompts, passages and retrievals."""
+    found = Answers()
+    tokenizer = model.subject.tokenizer
+    for prompt in work.prompts:
+        out = model.generate(prompt, max_new_tokens=work.max_new_tokens, do_sample=False)
+        assert isinstance(out, Tensor)
+        found.ids.append(out[0, prompt.shape[1] :])
+        if tokenizer is not None:
+            before = tokenizer.decode(prompt[0])
+            found.texts.append((before + tokenizer.decode(found.ids[-1]), len(before)))
+        tick()
+    for passage in work.passages:
+        score = model.score(passage.prompt, passage.continuation, logits=True)
+        assert score.logits is not None
+        found.nll.append(score.nll[0])
+        found.logits.append(score.logits[0])
+        tick()
+    if tokenizer is None:
+        return found
+    for item in work.retrievals:
+        ids = torch.tensor([tokenizer(item.prompt, add_special_tokens=False)["input_ids"]])
+        limit = (model.subject.context or 4096) - RETRIEVAL_TOKENS
+        ids = ids[:, -limit:].to(model.subject.model.device)
+        out = model.generate(ids, max_new_tokens=RETRIEVAL_TOKENS, do_sample=False)
+        assert isinstance(out, Tensor)
+        found.recalled.append(retrieved(item, tokenizer.decode(out[0, ids.shape[1] :])))
+        tick()
+    return found
+
+
+def compare(ours: Answers, original: Answers, work: Workload, seed: int) -> dict[str, Any]:
+    """The quality block of a row: each metric with its value, the original's, and the recovery."""
+    quality: dict[str, Any] = {}
+    if original.nll:
+        quality |= _likelihood(ours, original, work, seed)
+    pairs = [agreement(a, b) for a, b in zip(ours.ids, original.ids, strict=True)]
+    firsts = [p.first_divergence for p in pairs if p.first_divergence is not None]
+    quality["agreement"] = {
+        "value": sum(p.share for p in pairs) / len(pairs),
+        "original": 1.0,
+        "identical": sum(p.identical for p in pairs),
+        "num_units": len(pairs),
+        "first_divergence": min(firsts, default=None),
+    }
+    if original.texts:
+        answers = [
+            (parses(a, prompt_chars=n), parses(b, prompt_chars=m))
+            for (a, n), (b, m) in zip(ours.texts, original.texts, strict=True)
+        ]
+        judged = [(a, b) for a, b in answers if a is not None and b is not None]
+        if judged:
+            quality["parse"] = _shares([a for a, _ in judged], [b for _, b in judged], seed)
+    if original.recalled:
+        quality["retrieval"] = _shares(ours.recalled, original.recalled, seed)
+    return quality
+
+
+def _likelihood(ours: Answers, original: Answers, work: Workload, seed: int) -> dict[str, Any]:
+    lengths = [float(nll.numel()) for nll in original.nll]
+    num_bytes = [float(p.num_bytes) for p in work.passages]
+    mean_ours = [float(nll.double().mean()) for nll in ours.nll]
+    mean_theirs = [float(nll.double().mean()) for nll in original.nll]
+    estimate = recovery(
+        mean_ours, mean_theirs, higher_is_better=False,
+        weights=lengths, aggregate=exp_weighted_mean, seed=seed,
+    )  # fmt: skip
+    total = [float(nll.double().sum()) for nll in ours.nll]
+    total_theirs = [float(nll.double().sum()) for nll in original.nll]
+    per_byte = recovery(
+        [t / b for t, b in zip(total, num_bytes, strict=True)],
+        [t / b for t, b in zip(total_theirs, num_bytes, strict=True)],
+        higher_is_better=False, weights=num_bytes, aggregate=weighted_mean, seed=seed,
+    )  # fmt: skip
+    kl = torch.cat([kl_divergence(b, a) for a, b in zip(ours.logits, original.logits, strict=True)])
+    return {
+        "perplexity": _estimate(perplexity(torch.cat(ours.nll)), perplexity(torch.cat(original.nll)), estimate),
+        "bits_per_byte": _estimate(
+            bits_per_byte(sum(total), int(sum(num_bytes))),
+            bits_per_byte(sum(total_theirs), int(sum(num_bytes))),
+            per_byte,
+        ),
+        "kl": {"value": float(kl.mean()), "original": 0.0, "unit": "nats a token", "num_units": kl.numel()},
+    }
+
+
+def _shares(ours: list[bool], theirs: list[bool], seed: int) -> dict[str, Any]:
+    estimate = recovery_of_shares(ours, theirs, seed=seed)
+    return _estimate(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {"num_units": len(ours)}
+
+
+def _estimate(value: float, original: float, estimate: Any) -> dict[str, Any]:
+    return {
+        "value": value,
+        "original": original,
+        "recovery": None if estimate is None else estimate.value,
+        "interval": None if estimate is None or estimate.interval is None else list(estimate.interval),
+    }
+
+
+def prove(
+    loss: Loss,
+    model: CausalModel,
+    original: CausalModel,
+    ours: Answers,
+    theirs: Answers,
+    quality: dict[str, Any],
+    work: Workload,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Proof that a plan keeps to its loss class: {"passed": bool, "detail": what was shown}."""
+    if loss is Loss.LOSSY:
+        return _prove_lossy(quality)
+    pairs = [agreement(a, b) for a, b in zip(ours.ids, theirs.ids, strict=True)]
+    total = sum(p.length_b for p in pairs)
+    different = [i for i, p in enumerate(pairs) if not p.identical]
+    if different:
+        at = pairs[different[0]].first_divergence
+        return {
+            "passed": False,
+            "detail": f"greedy ids differ on {len(different)} of {len(pairs)} prompts, first at token {at}",
+        }
+    detail = f"greedy ids equal on all {len(pairs)} prompts ({total} tokens)"
+    if loss is Loss.EXACT:
+        return {"passed": True, "detail": detail}
+    test = _sampling_test(model, original, work, tick)
+    word = "indistinguishable" if test.passes() else "different"
+    return {
+        "passed": test.passes(),
+        "detail": f"{detail}; {SAMPLED_CALLS} sampled continuations a side are {word} (p = {test.p_value:.3g})",
+    }
+
+
+def _sampling_test(model: CausalModel, original: CausalModel, work: Workload, tick: Tick) -> Any:
+    """Two-sample test over short sampled continuations of one prompt, where outcomes repeat."""
+    prompt = work.prompts[0][:, -64:]
+    counts: list[Counter[tuple[int, ...]]] = []
+    for side, seeds in ((model, 0), (original, SAMPLED_CALLS)):
+        seen: Counter[tuple[int, ...]] = Counter()
+        for call in range(SAMPLED_CALLS):
+            out = side.generate(
+                prompt, max_new_tokens=SAMPLED_TOKENS + 1, do_sample=True, top_k=8, seed=seeds + call
+            )
+            assert isinstance(out, Tensor)
+            seen[tuple(out[0, prompt.shape[1] :].tolist())] += 1
+        counts.append(seen)
+        tick()
+    outcomes = sorted(set(counts[0]) | set(counts[1]))
+    return two_sample_test([counts[0][o] for o in outcomes], [counts[1][o] for o in outcomes])
+
+
+def _prove_lossy(quality: dict[str, Any]) -> dict[str, Any]:
+    found = quality.get("perplexity")
+    if found is None or found["recovery"] is None:
+        share = quality["agreement"]["value"]
+        return {"passed": True, "detail": f"lossy; {share:.0%} of the ids agree (no text to judge by)"}
+    low = found["interval"][0] if found["interval"] else found["recovery"]
+    return {
+        "passed": bool(found["recovery"] >= MIN_RECOVERY),
+        "detail": f"lossy; keeps {found['recovery']:.1%} of the perplexity, at least {low:.1%}",
+    }

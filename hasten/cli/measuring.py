@@ -1,0 +1,186 @@
+"""`bench`, `limits` and `ledger`: measure here, and show what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.shared import (
+    AsJson,
+    MaxNewTokens,
+    Model,
+    Plans,
+    Runner,
+    RunnerName,
+    Seed,
+    Threads,
+    at_least,
+    check_output,
+    console,
+    need_extra,
+    note,
+    only_json,
+    plan_texts,
+    print_json,
+    progress,
+    quiet_libraries,
+    read_text,
+    verb,
+)
+from hasten.errors import HastenError
+
+if TYPE_CHECKING:
+    from hasten.measure.ledger import Entry
+
+
+@verb(
+    "hasten bench code-lm --with medusa",
+    'hasten bench code-lm --with medusa --with "prefix_kv(budget=0.3)" --pairs',
+    "hasten bench code-lm --with plan.toml --report report.html",
+    "hasten bench ./my-model --with prompt_lookup --prompts prompts.txt --json",
+)
+def bench(
+    model: Model,
+    plans: Plans,
+    runner: Runner = RunnerName.AUTO,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt. Repeatable. Default: held-out text.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A prompt a line; or a .json list, or .jsonl with a text a line."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="Baseline and candidate in turns; under 5 is preliminary.")
+    ] = 5,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Measure each pair of techniques too.")] = False,
+    quality: Annotated[bool, typer.Option(help="Measure quality beside speed.")] = True,
+    prepare: Annotated[bool, typer.Option(help="Train parts that are missing.")] = True,
+    record: Annotated[bool, typer.Option(help="Write the result into the ledger.")] = True,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a plan beside the plain model: speed, its limit, proof of its class, quality, memory.
+
+    Each technique gets a row of its own, and the whole plan the last one.
+    """
+    at_least(1, max_new_tokens=max_new_tokens, rounds=rounds, threads=threads)
+    if report is not None:
+        need_extra("matplotlib", "report")
+        check_output(report)
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    with only_json(as_json):
+        quiet_libraries()
+        chosen = plan_texts(plans)
+        from hasten.measure.bench import bench as measure
+
+        with progress(as_json) as tick:
+            result = measure(
+                model,
+                *chosen,
+                runner=runner.value,
+                prompts=texts or None,
+                max_new_tokens=max_new_tokens,
+                rounds=rounds,
+                pairs=pairs,
+                quality=quality,
+                seed=seed,
+                threads=threads,
+                prepare=prepare,
+                record=record,
+                tick=tick,
+            )
+        if not as_json:
+            result.show()
+        if report is not None:
+            result.save_report(report)
+            note(f"report: {report}")
+    if as_json:
+        print_json(result.to_dict())
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: .json a list, .jsonl one value a line, else one prompt a line."""
+    text = read_text(path)
+    kind = path.suffix.lower()
+    try:
+        if kind == ".json":
+            found = json.loads(text)
+            found = found if isinstance(found, list) else [found]
+        elif kind == ".jsonl":
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            found = [line for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise HastenError(f"{path} is not valid JSON: {error}.") from error
+    prompts = [item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in found]
+    if not prompts or not all(isinstance(item, str) and item for item in prompts):
+        raise HastenError(f"{path} holds no prompts; give a text a line, or JSON texts in .json or .jsonl.")
+    return prompts
+
+
+@verb(
+    "hasten limits",
+    "hasten limits --refresh",
+    "hasten limits --json",
+)
+def limits(
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure anew instead of taking the kept figures.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what this machine can do at best (about five seconds), or show what was measured."""
+    with only_json(as_json):
+        from hasten.measure.limits import limits as measure
+        from hasten.measure.tables import limits_table
+
+        with progress(as_json) as tick:
+            found = measure(refresh, tick)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console().print(limits_table(found))
+
+
+@verb(
+    "hasten ledger",
+    "hasten ledger --technique medusa",
+    "hasten ledger --subject code-lm --json",
+)
+def ledger(
+    technique: Annotated[str | None, typer.Option(help="Only plans with this technique.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Only this model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what was measured here, beside what the papers claim; what no longer holds is dim."""
+    with only_json(as_json):
+        from hasten import technique as registry
+        from hasten.measure.ledger import Ledger
+        from hasten.measure.tables import ledger_table
+
+        entries = Ledger().entries(technique, subject)
+        if technique is not None and not entries:
+            registry.get(technique)  # an unknown name is a mistake, not an empty answer
+        cards = _cards(entries)
+    if as_json:
+        print_json({"entries": [_with_claims(entry, cards) for entry in entries]})
+    else:
+        console().print(ledger_table(entries, cards))
+
+
+def _cards(entries: list[Entry]) -> dict[str, Any]:
+    """Cards of the techniques that entries name and that are still installed."""
+    from hasten import technique as registry
+
+    named = {name for entry in entries for name in entry.techniques}
+    return {name: registry.get(name).card for name in named.intersection(registry.names())}
+
+
+def _with_claims(entry: Entry, cards: dict[str, Any]) -> dict[str, Any]:
+    claims = {name: cards[name].claims for name in entry.techniques if name in cards}
+    return {**entry.to_dict(), "claims": claims}

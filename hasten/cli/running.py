@@ -1,0 +1,235 @@
+"""`generate`, `prepare` and `train`: the verbs that run or make models."""
+
+from __future__ import annotations
+
+import glob
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.shared import (
+    AsJson,
+    MaxNewTokens,
+    Model,
+    Plans,
+    Runner,
+    RunnerName,
+    Seed,
+    Threads,
+    at_least,
+    console,
+    note,
+    only_json,
+    plan_texts,
+    print_json,
+    progress,
+    quiet_libraries,
+    read_text,
+    use_threads,
+    verb,
+)
+from hasten.errors import HastenError
+
+if TYPE_CHECKING:
+    from hasten.subject import Subject
+
+
+@verb(
+    'hasten generate code-lm --prompt "def main():"',
+    'hasten generate code-lm --with medusa --prompt "import os" --max-new-tokens 64',
+    'hasten generate code-lm --prompt "class Stack:" --temperature 0.8 --top-p 0.95 --seed 1',
+    "hasten generate code-lm --with prompt_lookup --prompt - --json < prompt.txt",
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input.")],
+    plans: Plans = [],  # noqa: B006  (typer copies it)
+    runner: Runner = RunnerName.EAGER,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(metavar="X", help="Above 0 samples; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(metavar="X", help="Above 1 discourages tokens seen before.")] = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop after this text. Repeatable.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with a plan at work; the text streams to standard output as it comes."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise HastenError("The prompt is empty; give some text to continue.")
+    settings = _sampling(temperature, top_k, top_p)
+    with only_json(as_json):
+        quiet_libraries()
+        use_threads(threads)
+        from transformers import TextStreamer
+
+        import hasten
+
+        subject = _with_tokenizer(model)
+        tokenizer = subject.tokenizer
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with hasten.apply(subject, *plan_texts(plans), runner=runner.value) as fast:
+            start = time.perf_counter()
+            sequence = fast.generate(
+                ids,
+                max_new_tokens=max_new_tokens,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                tokenizer=tokenizer,
+                stop_strings=stop or None,
+                streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                **settings,
+            )
+            seconds = time.perf_counter() - start
+            new = sequence[0, ids.shape[1] :].tolist()
+            activity = fast.activity
+    speed = len(new) / seconds
+    if as_json:
+        print_json(
+            {
+                "subject": subject.name,
+                "plan": str(fast.plan),
+                "runner": runner.value,
+                "prompt": text,
+                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "ids": new,
+                "seconds": seconds,
+                "tokens_per_second": speed,
+                "activity": activity,
+            }
+        )
+    else:
+        counters = ", ".join(f"{name} {value:g}" for name, value in activity.items())
+        note(f"{len(new)} tokens in {seconds:.2f} s, {speed:.0f} tokens/s ({counters})")
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """Arguments of `generate`; options of sampling without sampling are a mistake."""
+    if temperature != 0:
+        given = {"top_k": top_k, "top_p": top_p}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return {"do_sample": True, "temperature": temperature, **chosen}
+    for name, value in (("--top-k", top_k), ("--top-p", top_p)):
+        if value is not None:
+            raise HastenError(f"{name} is for sampling; give --temperature above 0 too.")
+    return {"do_sample": False}
+
+
+def _with_tokenizer(model: str) -> Subject:
+    from hasten.subject import open_subject
+
+    subject = open_subject(model)
+    if subject.tokenizer is None:
+        raise HastenError(f"{model} has no tokenizer, and this verb works on text; add its tokenizer files.")
+    return subject
+
+
+@verb(
+    "hasten prepare code-lm --with medusa",
+    "hasten prepare ./my-model --with medusa --text notes.txt --text 'src/**/*.py'",
+    "hasten prepare code-lm --with kv_prediction --steps 200 --seed 1 --json",
+)
+def prepare(
+    model: Model,
+    plans: Plans,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Text to learn from: a file or a wildcard. Repeatable. Default: Python's library."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimiser steps. Default: each technique's own.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train or calibrate what a plan needs for a model, and keep it where every verb finds it."""
+    at_least(1, steps=steps)
+    with only_json(as_json):
+        from hasten.plan import Plan
+
+        plan = Plan.parse(*plan_texts(plans))
+        trained = [technique for technique in plan if technique.card.trained]
+        if not trained:
+            raise HastenError(f"{str(plan) or 'The plan'} has nothing to prepare; it runs as it is.")
+        documents = _documents(text)
+        quiet_libraries()
+        use_threads(threads)
+        import hasten
+        from hasten.parts import default_path
+
+        subject = _with_tokenizer(model)
+        with progress(as_json) as tick:
+            made = hasten.prepare(subject, plan, texts=documents, steps=steps, seed=seed, tick=tick)
+        rows = [
+            {
+                "technique": technique.name,
+                "path": default_path(technique, subject.hash),
+                "tensors": len(made[technique.name]),
+                "parameters": sum(tensor.numel() for tensor in made[technique.name].values()),
+            }
+            for technique in trained
+        ]
+    if as_json:
+        print_json({"subject": subject.describe(), "plan": str(plan), "prepared": rows})
+        return
+    for row in rows:
+        print(f"{row['technique']}: {row['parameters']:,} trained values in {row['path']}")
+
+
+def _documents(patterns: Sequence[str] | None) -> list[str]:
+    """Texts of files and wildcards; without any, this Python's library less its held-out files."""
+    if not patterns:
+        from hasten.zoo.corpus import default_corpus
+
+        return [file.text for file in default_corpus().train]
+    documents = []
+    for pattern in patterns:
+        files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not files:
+            raise HastenError(f"--text {pattern} matches no file.")
+        documents += [read_text(Path(file)) for file in files if not glob.has_magic(pattern) or Path(file).is_file()]
+    if not any(document.strip() for document in documents):
+        raise HastenError("The given text is empty; there is nothing to learn from.")
+    return documents
+
+
+@verb(
+    "hasten train code-lm-tiny --output my-model",
+    "hasten train code-lm --output my-model --threads 2",
+    "hasten train code-lm --output my-model --resume",
+)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A zoo recipe, such as code-lm-tiny.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes. Default: your data folder.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Cut the run short; the schedule shrinks with it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a zoo model again from its recipe, on Python's own library sources."""
+    at_least(1, max_tokens=max_tokens, threads=threads)
+    with only_json(as_json):
+        quiet_libraries()
+        from hasten.zoo import recipes
+        from hasten.zoo.catalogue import user_path
+
+        recipes.recipe(recipe)
+        folder = output if output is not None else user_path(recipe)
+        card = recipes.train(
+            recipe, folder, threads=threads, max_tokens=max_tokens, seed=seed, resume=resume, quiet=as_json
+        )
+    if as_json:
+        print_json({"path": folder, "card": card})
+        return
+    quality = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in card.quality.items())
+    console().print(f"{folder}: {card.num_parameters:,} parameters, {quality}", highlight=False, soft_wrap=True)

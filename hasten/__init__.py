@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.api import apply, prepare
+    from hasten.api import apply, load, prepare, save
     from hasten.benchmark.driver import bench
     from hasten.plan import Plan
     from hasten.subject import open_subject
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "apply", "bench", "open_subject", "prepare"]
+__all__ = ["Plan", "apply", "bench", "load", "open_subject", "prepare", "save"]
 
 _HOMES = {
     "apply": "hasten.api",
+    "load": "hasten.api",
     "prepare": "hasten.api",
+    "save": "hasten.api",
     "bench": "hasten.benchmark.driver",
     "Plan": "hasten.plan",
     "open_subject": "hasten.subject",

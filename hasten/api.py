@@ -1,9 +1,10 @@
-"""The verbs in Python: open, apply, prepare."""
+"""The verbs in Python: apply, prepare, save, load (bench stands in hasten.benchmark)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,11 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hasten.causal.engine import CausalModel
 from hasten.causal.engine import prepare as prepare_causal
-from hasten.parts import default_path, save
+from hasten.errors import PlanError
+from hasten.home import atomic_write
+from hasten.parts import default_path
+from hasten.parts import load as load_part
+from hasten.parts import save as save_part
 from hasten.plan import Plan
-from hasten.prepare import Preparation, Tick, _no_tick
+from hasten.preparation import Preparation, Tick, _no_tick
 from hasten.subject import Subject, open_subject
 from hasten.technique import Parts, Technique
+
+PLAN_FILE = "plan.toml"
 
 Model = str | os.PathLike[str] | nn.Module | Subject
 
@@ -69,5 +76,41 @@ def prepare(
     if write:
         for technique in parsed:
             if technique.name in made:
-                save(default_path(technique, subject.hash), technique, made[technique.name], subject.hash)
+                path = default_path(technique, subject.hash)
+                save_part(path, technique, made[technique.name], subject.hash)
     return made
+
+
+def save(applied: CausalModel, folder: str | os.PathLike[str]) -> Path:
+    """Write a plan and its trained parts: `plan.toml` and one safetensors file per trained technique.
+
+    The model itself is not copied; the parts carry its hash, and `load` refuses any other.
+    """
+    place = Path(folder)
+    for technique in applied.plan:
+        if applied.parts[technique.name]:
+            path = place / f"{technique.name}.safetensors"
+            save_part(path, technique, applied.parts[technique.name], applied.subject.hash)
+    # Written last: a folder without it was not finished.
+    return atomic_write(place / PLAN_FILE, applied.plan.to_toml())
+
+
+def load(
+    folder: str | os.PathLike[str], model: Model, *, runner: str = "eager", **options: Any
+) -> CausalModel:
+    """Put a saved plan on a model, with the parts that were saved with it.
+
+    Raises:
+        PlanError: where the folder holds no plan, or its parts belong to another model.
+    """
+    place = Path(folder)
+    if not (place / PLAN_FILE).is_file():
+        raise PlanError(f"{place} holds no {PLAN_FILE}; give a folder that hasten.save wrote.")
+    plan = Plan.load(place / PLAN_FILE)
+    subject = open_subject(model, **options)
+    parts = {}
+    for technique in plan:
+        path = place / f"{technique.name}.safetensors"
+        if technique.card.trained or path.is_file():
+            parts[technique.name] = load_part(path, technique, subject.hash)
+    return CausalModel(subject, plan, runner=runner, parts=parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Entry:
     def make(cls, name: str, knobs: dict[str, Any]) -> Entry:
         """Look a technique up and set its knobs, each checked."""
         kind = registry.get(name)
-        known = [field for field in kind.__dataclass_fields__]  # type: ignore[attr-defined]
+        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
         for knob in knobs:
             if knob not in known:
                 allowed = ", ".join(known) if known else "none"

@@ -21,7 +21,7 @@ import torch
 from hasten.errors import HastenError, PlanError
 
 if typing.TYPE_CHECKING:
-    from hasten.prepare import Preparation
+    from hasten.preparation import Preparation
 
 Parts = dict[str, torch.Tensor]
 """Trained or calibrated tensors of a technique, by name; saved as safetensors."""

@@ -319,10 +319,7 @@ def static_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a compiled pass: the mask comes with the call and no technique takes part."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is not None:
-        out = _softcapped(query, key, value, attention_mask, scale, softcap)
-        return out.transpose(1, 2).contiguous(), None
-    return _grouped(query, key, value, attention_mask, scale), None
+    return _grouped(query, key, value, attention_mask, scale, softcap), None
 
 
 AttentionInterface.register(NAME, attention)

@@ -21,7 +21,7 @@ from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.errors import HastenError, PlanError
 from hasten.parts import find
 from hasten.plan import Plan
-from hasten.prepare import Preparation
+from hasten.preparation import Preparation
 from hasten.subject import Subject
 from hasten.technique import Parts
 
@@ -139,10 +139,13 @@ class CausalModel:
                 queue.put(error)
 
         Thread(target=work, daemon=True).start()
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            run.cancel()  # the reader may have gone before the end
 
     def score(
         self,
@@ -191,6 +194,7 @@ class CausalModel:
         _check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
         slots = Slots.fill(self.bound)
         run = Run(self.runner, settings, prompt, mask, slots)
+        run.tokenizer = self.subject.tokenizer
         return run
 
     def _execute(self, run: Run) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hasten.prepare import Tick
+from hasten.preparation import Tick
 from hasten.technique import Parts
 
 BETAS = (0.9, 0.95)
@@ -63,7 +63,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)
         optimizer.step()
         schedule.step()
-        tick(step + 1, steps, f"loss {float(value):.3f}")
+        tick(step + 1, steps, f"loss {float(value.detach()):.3f}")
 
 
 def _share(step: int, steps: int) -> float:

@@ -30,7 +30,7 @@ from hasten.causal.slots import (
 from hasten.technique import Resource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DRAFT_ROOM = 64  # cache entries kept free for draft nodes
 
@@ -102,6 +102,7 @@ class Run:
         activity: counters; every technique counts under its own name ("medusa.accepted").
         forced: (batch, length) tokens to emit instead of chosen ones (scoring), or None.
         trace: logits (batch, vocabulary) from which each pass's first token came, or None.
+        tokenizer: the subject's tokenizer where it has one, for techniques that look at text.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Run:
         self.model: PreTrainedModel = runner.model
         self.activity: Counter[str] = Counter()
         self.sampler = Sampler(settings, device)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         capacity = length + min(settings.max_new_tokens, 4096) + DRAFT_ROOM
         self.tokens = prompt.new_full((batch, capacity), settings.pad_token_id)
         self.tokens[:, :length] = prompt
@@ -206,16 +208,19 @@ class Run:
         """Run the prompt and emit the first token."""
         if self.slots.controller is not None:
             self.slots.controller[0].before_pass(self.state(self.slots.controller), self)
-        if self.slots.prefill is not None:
-            technique = self.slots.prefill[0]
-            output = technique.fill(self.state(self.slots.prefill), self)
-        else:
-            output = self.forward(self.compose(None, is_prompt=True))
-            self.commit(None)
-        self.decide(None, output)
+        self.decide(None, self.read_prompt())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.first_token_at = time.perf_counter()
+
+    def read_prompt(self) -> Output:
+        """Build the prompt's cache and return the output at its last token; nothing is emitted."""
+        if self.slots.prefill is not None:
+            technique = self.slots.prefill[0]
+            return technique.fill(self.state(self.slots.prefill), self)
+        output = self.forward(self.compose(None, is_prompt=True))
+        self.commit(None)
+        return output
 
     def step(self) -> None:
         """One pass: draft, run, accept, commit, compress."""
@@ -423,6 +428,10 @@ class Run:
         """True once every row has stopped."""
         return bool(self.finished.all())
 
+    def cancel(self) -> None:
+        """Let the loop end after the pass that is running."""
+        self.finished = torch.ones_like(self.finished)
+
     def room(self) -> int:
         """Tokens that may still be emitted in the row that is furthest back."""
         emitted = int(self.lengths.min()) - self.prompt_length
@@ -482,14 +491,15 @@ def verdict_of_paths(run: Run, draft: Draft, paths: list[list[int]], bonus: Tens
         bonus: (batch, 1 + nodes) the token that follows each row of the tree.
     """
     longest = max(map(len, paths))
-    nodes = torch.full((len(paths), longest), -1, dtype=torch.long)
+    drafted, following = draft.tokens.tolist(), bonus.tolist()
+    nodes, tokens, at = [], [], []
     for row, path in enumerate(paths):
-        nodes[row, : len(path)] = torch.tensor(path, dtype=torch.long)
-    nodes = nodes.to(run.device)
-    at = torch.tensor([path[-1] + 1 if path else 0 for path in paths], device=run.device)
-    last = bonus.gather(1, at[:, None])
-    accepted = draft.tokens.gather(1, nodes.clamp(min=0)).masked_fill(nodes < 0, -1)
-    tokens = torch.cat((accepted, torch.full_like(last, -1)), dim=1)
-    ends = (nodes >= 0).sum(dim=1, keepdim=True)
-    tokens.scatter_(1, ends, last)
-    return Verdict(tokens, nodes, at)
+        last = path[-1] + 1 if path else 0
+        absent = [-1] * (longest - len(path))
+        at.append(last)
+        nodes.append(path + absent)
+        tokens.append([*(drafted[row][node] for node in path), following[row][last], *absent])
+    options = {"dtype": torch.long, "device": run.device}
+    return Verdict(
+        torch.tensor(tokens, **options), torch.tensor(nodes, **options), torch.tensor(at, **options)
+    )

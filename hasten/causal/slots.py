@@ -14,6 +14,7 @@ technique objects hold knobs only. `run` is the call in progress (`hasten.causal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,12 +79,11 @@ class Draft:
         return depths
 
     def ancestors(self) -> Tensor:
-        """(nodes, nodes) bool, True where the column is the row itself or one of its ancestors."""
-        seen = torch.eye(self.num_nodes, dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+        """(nodes, nodes) bool, True where the column is the row itself or one of its ancestors.
+
+        Made once per tree and shared between drafts: not to be written to.
+        """
+        return _ancestors(self.parents)
 
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`."""
@@ -91,6 +91,15 @@ class Draft:
         while self.parents[nodes[-1]] >= 0:
             nodes.append(self.parents[nodes[-1]])
         return nodes[::-1]
+
+
+@lru_cache(maxsize=256)
+def _ancestors(parents: tuple[int, ...]) -> Tensor:
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    return seen
 
 
 @dataclass

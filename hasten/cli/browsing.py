@@ -128,16 +128,17 @@ def _model_data(name: str) -> dict[str, Any]:
 
 
 def _techniques_table(kinds: list[type[Technique]]) -> Table:
+    """One section a family, one line a technique, so that it fits in 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, border_style="dim")
-    table.add_column("technique", no_wrap=True, style="bold")
-    for heading in ("family", "slot", "class"):
+    for heading in ("technique", "slot", "class", "paper"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis")  # `show` has the whole
-    for kind in kinds:
-        card = kind.card
-        what = Text("baseline: " if card.is_baseline else "", style="dim").append(card.title, style="not dim")
-        slots = ", ".join(slot.label for slot in kind.contract.slots)
-        table.add_row(kind.name, card.family, slots, card.loss.value, what)
+    for family in sorted({kind.card.family for kind in kinds}):
+        table.add_row(Text(family, style="bold"))
+        for kind in (kind for kind in kinds if kind.card.family == family):
+            card = kind.card
+            slots = ", ".join(slot.label for slot in kind.contract.slots)
+            paper = "baseline" if card.is_baseline else str(card.year)
+            table.add_row(f"  {kind.name}", slots, card.loss.value, paper)
     return table
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +57,7 @@ def bench(
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     rounds: Annotated[
-        int, typer.Option(metavar="N", help="Baseline and candidate in turns; under 5 is preliminary.")
+        int, typer.Option(metavar="N", help="Rounds of baseline and candidate in turns, 5 or more.")
     ] = 5,
     pairs: Annotated[bool, typer.Option("--pairs", help="Measure each pair of techniques too.")] = False,
     quality: Annotated[bool, typer.Option(help="Measure quality beside speed.")] = True,
@@ -78,7 +80,7 @@ def bench(
     with only_json(as_json):
         quiet_libraries()
         chosen = plan_texts(plans)
-        from hasten.measure.bench import bench as measure
+        from hasten.benchmark import bench as measure
 
         with progress(as_json) as tick:
             result = measure(
@@ -92,8 +94,9 @@ def bench(
                 quality=quality,
                 seed=seed,
                 threads=threads,
-                prepare=prepare,
+                prepare_missing=prepare,
                 record=record,
+                command=shlex.join(["hasten", *sys.argv[1:]]),
                 tick=tick,
             )
         if not as_json:

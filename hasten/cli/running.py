@@ -35,6 +35,8 @@ from hasten.cli.shared import (
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hasten.subject import Subject
 
 
@@ -48,7 +50,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input.")],
     plans: Plans = [],  # noqa: B006  (typer copies it)
-    runner: Runner = RunnerName.EAGER,
+    runner: Runner = RunnerName.AUTO,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(metavar="X", help="Above 0 samples; 0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Sample among the k likeliest tokens.")] = None,
@@ -71,10 +73,11 @@ def generate(
 
         import hasten
 
-        subject = _with_tokenizer(model)
-        tokenizer = subject.tokenizer
+        subject, tokenizer = _with_tokenizer(model)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        with hasten.apply(subject, *plan_texts(plans), runner=runner.value) as fast:
+        # For one call a compiler's start-up costs more than it gains, so auto is eager here.
+        name = RunnerName.EAGER if runner is RunnerName.AUTO else runner
+        with hasten.apply(subject, *plan_texts(plans), runner=name.value) as fast:
             start = time.perf_counter()
             sequence = fast.generate(
                 ids,
@@ -95,7 +98,7 @@ def generate(
             {
                 "subject": subject.name,
                 "plan": str(fast.plan),
-                "runner": runner.value,
+                "runner": name.value,
                 "prompt": text,
                 "text": tokenizer.decode(new, skip_special_tokens=True),
                 "ids": new,
@@ -121,13 +124,13 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dic
     return {"do_sample": False}
 
 
-def _with_tokenizer(model: str) -> Subject:
+def _with_tokenizer(model: str) -> tuple[Subject, PreTrainedTokenizerBase]:
     from hasten.subject import open_subject
 
     subject = open_subject(model)
     if subject.tokenizer is None:
         raise HastenError(f"{model} has no tokenizer, and this verb works on text; add its tokenizer files.")
-    return subject
+    return subject, subject.tokenizer
 
 
 @verb(
@@ -164,7 +167,7 @@ def prepare(
         import hasten
         from hasten.parts import default_path
 
-        subject = _with_tokenizer(model)
+        subject, _ = _with_tokenizer(model)
         with progress(as_json) as tick:
             made = hasten.prepare(subject, plan, texts=documents, steps=steps, seed=seed, tick=tick)
         rows = [
@@ -184,11 +187,12 @@ def prepare(
 
 
 def _documents(patterns: Sequence[str] | None) -> list[str]:
-    """Texts of files and wildcards; without any, this Python's library less its held-out files."""
+    """Texts of files and wildcards; without any, what `bench` trains missing parts on."""
     if not patterns:
-        from hasten.zoo.corpus import default_corpus
+        from hasten.benchmark.driver import PREPARE_BYTES
+        from hasten.zoo.corpus import training_texts
 
-        return [file.text for file in default_corpus().train]
+        return training_texts(PREPARE_BYTES)
     documents = []
     for pattern in patterns:
         files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
-    from hasten.prepare import Tick
+    from hasten.preparation import Tick
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
@@ -162,7 +162,13 @@ def print_json(value: Any) -> None:
 @contextlib.contextmanager
 def progress(quiet: bool = False) -> Iterator[Tick]:
     """A bar with the time left, on stderr; nothing where JSON is wanted or nobody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     screen = Console(stderr=True)
     if quiet or not screen.is_terminal:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hasten.home import atomic_write, ensure_folder, home
@@ -68,20 +69,11 @@ class Limits:
         Interpolated between measured sizes on a logarithmic scale; a smaller set is never slower
         than a larger one, since a limit is the best that was seen.
         """
-        points = {**dict(self.cached_bandwidth), self.streamed_bytes: self.bandwidth}
+        points = {**self.cached_bandwidth, self.streamed_bytes: self.bandwidth}
         sizes = sorted(points)
-        rates = [points[size] for size in sizes]
-        for i in range(len(rates) - 2, -1, -1):
-            rates[i] = max(rates[i], rates[i + 1])
-        if working_set_bytes <= sizes[0]:
-            return rates[0]
-        for (small, fast), (large, slow) in zip(
-            zip(sizes, rates, strict=True), zip(sizes[1:], rates[1:], strict=True), strict=False
-        ):
-            if working_set_bytes <= large:
-                along = math.log(working_set_bytes / small) / math.log(large / small)
-                return fast * (slow / fast) ** along
-        return rates[-1]
+        rates = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
+        wanted = math.log(max(working_set_bytes, 1.0))
+        return float(np.exp(np.interp(wanted, np.log(sizes), np.log(rates))))
 
     def fraction_of_limit(
         self,
@@ -105,7 +97,7 @@ class Limits:
         rate = self.matrix_rate.get(dtype)
         if flops_per_second is not None and rate:
             fractions.append(flops_per_second / rate)
-        return max(fractions, default=None)
+        return max(fractions) if fractions else None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON, with the label that every figure here carries."""

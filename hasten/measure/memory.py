@@ -82,7 +82,7 @@ def resident_bytes() -> int | None:
 def settle() -> None:
     """Collect garbage and give freed memory back to the system, so that runs start alike."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # other C libraries have no such call

@@ -334,26 +334,34 @@ def _proofs(result: Mapping[str, Any]) -> str:
 
 
 def _claims(result: Mapping[str, Any]) -> str:
-    cells = []
+    cells, seen = [], set()
     for row in view.objects(result, "rows"):
-        for claim in view.objects(row, "claims"):
+        claims = view.objects(row, "claims")
+        # The ratio of a whole plan says nothing about the claim of one of its techniques.
+        combined = len({text(claim, "technique") for claim in claims}) > 1
+        for claim in claims:
+            fields = tuple(text(claim, key) for key in ("technique", "what", "value", "where"))
+            if combined and fields in seen:
+                continue
+            seen.add(fields)
+            name = text(claim, "technique") if combined else view.plan_name(row)
             cells.append(
                 [
-                    f'<span class="plan">{escape(view.plan_name(row))}</span>',
-                    escape(text(view.claim_field(claim, "what"))),
+                    f'<span class="plan">{escape(name)}</span>',
+                    escape(text(claim, "what")),
                     escape(view.claimed(claim)),
-                    escape(text(view.claim_field(claim, "where"))),
-                    _ratio(row) if view.is_speed_claim(claim) else DASH,
+                    escape(text(claim, "where")),
+                    _ratio(row) if view.is_speed_claim(claim) and not combined else DASH,
                 ]
             )
     if not cells:
         return ""
     columns = [
-        _Column("plan", whole=True),
+        _Column("technique", whole=True),
         _Column("what"),
         _Column("the paper", CITED, numbers=True),
         _Column("where"),
-        _Column("here", MEASURED, numbers=True),
+        _Column("here, end to end", MEASURED, numbers=True),
     ]
     note = (
         "A paper's figure was taken on another model and another machine. It stands here for "

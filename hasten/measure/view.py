@@ -285,6 +285,6 @@ def claim_field(claim: Any, name: str) -> Any:
 
 
 def is_speed_claim(claim: Any) -> bool:
-    """Whether a claim speaks of speed, so that a measured speed ratio may stand beside it."""
+    """Whether a claim is a speed ratio, so that a measured one may stand beside it."""
     what = str(claim_field(claim, "what") or "").lower()
-    return any(word in what for word in ("speed", "faster", "throughput", "latency"))
+    return any(word in what for word in ("speed-up", "speedup", "speed up", "faster"))

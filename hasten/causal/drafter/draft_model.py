@@ -8,39 +8,22 @@ settings, so that rejection sampling is exact; greedy calls compare ids.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-import hasten.zoo.catalogue as zoo
 from hasten.causal.acceptor.plain import Tally, plain
 from hasten.causal.acceptor.rejection import rejection
+from hasten.causal.companion import AUTO, Companion, open_companion
 from hasten.causal.run import Lane, Run, longest_exact
-from hasten.causal.runners import Block, Output, Runner
+from hasten.causal.runners import Block, Output
 from hasten.causal.slots import Acceptor, Draft, Drafter, Verdict
-from hasten.errors import PlanError
-from hasten.subject import open_subject
+from hasten.errors import HastenError
 from hasten.technique import Card, Claim, Contract, Loss, Parts, Resource, Slot, knob, technique
 
 LANE = "draft"
-SMALLER = {"code-lm": "code-lm-small"}  # what draft="auto" takes for a zoo model
-
-
-@dataclass
-class Drafting:
-    """The draft model, and one runner for it of each kind that calls have used."""
-
-    model: PreTrainedModel
-    _runners: dict[type[Runner], Runner] = field(default_factory=dict)
-
-    def runner(self, kind: type[Runner]) -> Runner:
-        """A runner like that of the large model."""
-        if kind not in self._runners:
-            self._runners[kind] = kind(self.model)
-        return self._runners[kind]
 
 
 @dataclass
@@ -81,22 +64,25 @@ class DraftModel(Drafter, Acceptor):
         runners=frozenset({"eager", "compiled"}),
     )
 
-    draft: str = knob("auto", "zoo name or checkpoint folder of the smaller model; auto: the zoo's own pair")
+    draft: str = knob(AUTO, "zoo name or checkpoint folder of the smaller model; auto: the zoo's own pair")
     num_draft: int = knob(
         3, "tokens that it drafts before each pass; more gain more where it is often right", low=1, high=64
     )
 
     # -- in a call -------------------------------------------------------------------------------
-    def bind(self, model: nn.Module, parts: Parts) -> Drafting:
-        """Open the draft model, in the large one's dtype and on its device."""
+    def bind(self, model: nn.Module, parts: Parts) -> Companion:
+        """Open the draft model, once."""
         assert isinstance(model, PreTrainedModel)
-        name = _sibling(model) if self.draft == "auto" else self.draft
-        subject = open_subject(name, dtype=model.dtype, device=model.device)
-        _check_vocabulary(model, subject.model, subject.tokenizer, name)
-        return Drafting(subject.model)
+        return open_companion(model, self.draft, technique=self.name, knob="draft")
 
-    def begin(self, run: Run, bound: Drafting) -> State:
+    def begin(self, run: Run, bound: Companion) -> State:
         """Give the draft model a lane of its own in this call."""
+        needed = run.last_position + 1
+        if bound.context is not None and needed > bound.context:
+            raise HastenError(
+                f"{self.name}: the call may need {needed} tokens; the draft model {bound.name} was made "
+                f"for {bound.context}. Shorten the prompt or max_new_tokens."
+            )
         run.lanes[LANE] = run.new_lane(LANE, bound.runner(type(run.lane.runner)))
         return State()
 
@@ -159,44 +145,3 @@ def _prefix(run: Run, drafted: list[Tensor]) -> Tensor | None:
     behind = torch.arange(prefix.shape[1], device=run.device) >= run.lengths[:, None]
     # Repeating a token changes no penalty, so it may fill what lies behind a shorter row's end.
     return torch.cat((torch.where(behind, newest, prefix), *drafted), dim=1)
-
-
-def _sibling(model: PreTrainedModel) -> str:
-    """The zoo's smaller model for this one, which must be a zoo model itself."""
-    for name, smaller in SMALLER.items():
-        if zoo.is_zoo_name(name) and Path(model.name_or_path).absolute() == zoo.path(name).absolute():
-            if zoo.is_zoo_name(smaller):
-                return smaller
-            raise PlanError(f"draft_model: {smaller}, the draft model of {name}, is not here; train it first.")
-    raise PlanError(
-        "draft_model: draft='auto' knows a smaller model only for "
-        f"{' and '.join(SMALLER)}; give one with the same tokenizer: draft_model(draft=\"folder\")."
-    )
-
-
-def _check_vocabulary(
-    model: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str
-) -> None:
-    """Refuse a draft model that speaks other tokens."""
-    ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (model, draft))
-    if ours != theirs:
-        raise PlanError(
-            f"draft_model: {name} has a vocabulary of {theirs} tokens and the model one of {ours}; "
-            "give a draft model with the same tokenizer."
-        )
-    own = _own_tokenizer(model)
-    if own is not None and tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
-        raise PlanError(
-            f"draft_model: {name} has another tokenizer than the model (as many tokens, but different "
-            "ones); give a draft model with the same tokenizer."
-        )
-
-
-def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the model on disk, if it came from there."""
-    if not model.name_or_path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return None

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hasten.prepare import Preparation
+from hasten.causal.fitting import fit, frozen
+from hasten.preparation import Preparation
 from hasten.technique import Parts
 
 NUM_RANKS = 10  # guesses of each head that a tree may use, as in the paper
 LAMBDA = 0.8  # head k weighs LAMBDA ** k in the loss, as in the paper
-CROP = 256  # tokens of one training sequence
-BATCH = 4
+RATE = 1e-3  # learning rate, as in the paper
 STEPS = 600
-LEARNING_RATE = 1e-3
-WARM_UP = 20  # steps
+BATCH = 4
+CROP = 256  # tokens of one training sequence
 VALIDATION_SHARE = 0.05
 VALIDATION_BATCHES = 16
 
@@ -34,41 +32,40 @@ def train_heads(preparation: Preparation, num_heads: int) -> Parts:
         "accuracy" (heads, ranks) as `rank_accuracy` measures it.
     """
     model = preparation.subject.model
-    hidden_size = model.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr]
-    weight = torch.zeros(num_heads, hidden_size, hidden_size, device=model.device, requires_grad=True)
-    bias = torch.zeros(num_heads, hidden_size, device=model.device, requires_grad=True)
+    parts = untrained_heads(model, num_heads)
     train, validation = _split(preparation)
     steps = preparation.steps or STEPS
-    optimizer = torch.optim.AdamW([weight, bias], lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
-    for step, ids in enumerate(train.batches(length=CROP, batch=BATCH, steps=steps)):
-        optimizer.zero_grad()
-        loss = add_gradients(model, ids, weight, bias)
-        optimizer.step()
-        schedule.step()
-        preparation.tick(step + 1, steps, f"loss {loss:.3f}")
-    parts = {"weight": weight.detach(), "bias": bias.detach()}
-    crops = validation.batches(length=CROP, batch=BATCH, steps=VALIDATION_BATCHES)
-    return parts | {"accuracy": rank_accuracy(model, crops, parts)}
+    for tensor in parts.values():
+        tensor.requires_grad_()
+    with frozen(model):
+        batches = train.batches(length=CROP, batch=BATCH, steps=steps)
+        fit(parts, batches, lambda ids: medusa_loss(model, ids, parts), steps=steps, rate=RATE, tick=preparation.tick)
+        parts = {name: tensor.detach() for name, tensor in parts.items()}
+        crops = validation.batches(length=CROP, batch=BATCH, steps=VALIDATION_BATCHES)
+        return parts | {"accuracy": rank_accuracy(model, crops, parts)}
 
 
-def add_gradients(model: PreTrainedModel, ids: Tensor, weight: Tensor, bias: Tensor) -> float:
-    """Add the gradient of the Medusa-1 loss of one batch (batch, length); return the loss.
+def untrained_heads(model: PreTrainedModel, num_heads: int) -> Parts:
+    """Heads whose logits are those of the LM head."""
+    size = model.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr]
+    like = {"device": model.device, "dtype": torch.float32}
+    return {"weight": torch.zeros(num_heads, size, size, **like), "bias": torch.zeros(num_heads, size, **like)}
 
-    loss = sum over heads k = 1.. of LAMBDA^k * cross-entropy(head k at t, token t + k + 1). The
-    heads do not depend on each other, so one is done after the other and only the logits of one
-    are ever in memory.
+
+def medusa_loss(model: PreTrainedModel, ids: Tensor, parts: Parts) -> Tensor:
+    """Medusa-1: the sum over heads k = 1.. of LAMBDA^k * cross-entropy(head k at t, token t + k + 1).
+
+    Args:
+        ids: (batch, length).
     """
     hidden = last_states(model, ids)
-    total = 0.0
-    for index in range(weight.shape[0]):
+    loss = hidden.new_zeros(())
+    for index, (weight, bias) in enumerate(zip(parts["weight"], parts["bias"], strict=True)):
         ahead = index + 2  # head k = index + 1 guesses token t + k + 1
-        states = hidden[:, :-ahead].flatten(0, 1)
-        logits = lm_logits(model, head_states(states, weight[index], bias[index]))
-        loss = LAMBDA ** (index + 1) * F.cross_entropy(logits, ids[:, ahead:].flatten())
-        loss.backward()
-        total += float(loss)
-    return total
+        logits = lm_logits(model, head_states(hidden[:, :-ahead], weight, bias))
+        entropy = F.cross_entropy(logits.flatten(0, 1), ids[:, ahead:].flatten())
+        loss = loss + LAMBDA ** (index + 1) * entropy
+    return loss
 
 
 @torch.no_grad()
@@ -97,22 +94,20 @@ def rank_accuracy(
 
 
 def head_states(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One head's states h + SiLU(W h + b), same shape as `hidden` (..., hidden)."""
+    """One head's states h + SiLU(W h + b), of the shape of `hidden` (..., hidden)."""
     return hidden + F.silu(F.linear(hidden, weight, bias))
 
 
 def lm_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The LM head's logits in float32; the gradient stops at its weights, which stay as they are."""
-    head = model.get_output_embeddings()
-    frozen = {name: tensor.detach().float() for name, tensor in head.named_parameters()}  # type: ignore[union-attr]
-    return functional_call(head, frozen, (states,))  # type: ignore[arg-type]
+    """The LM head's logits (..., vocabulary) for states (..., hidden), float32."""
+    return model.get_output_embeddings()(states.to(model.dtype)).float()  # type: ignore[misc]
 
 
 @torch.no_grad()
 def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What enters the LM head for ids (batch, length): (batch, length, hidden), float32.
 
-    The head itself is run for one position only, since nobody wants its logits.
+    The LM head itself is run for one position only, since nobody wants its logits.
     """
     caught: list[Tensor] = []
 
@@ -126,12 +121,6 @@ def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     finally:
         handle.remove()
     return caught[0].float()
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: a short warm-up, then a cosine down to zero."""
-    warm = min(1.0, (step + 1) / WARM_UP)
-    return warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def _split(preparation: Preparation) -> tuple[Preparation, Preparation]:

@@ -24,7 +24,7 @@ from hasten.causal.drafter.tree import Tree, chain_tree, random_tree, tuned_tree
 from hasten.causal.run import Run, longest_exact
 from hasten.causal.runners import Output
 from hasten.causal.slots import Acceptor, Draft, Drafter, Verdict
-from hasten.prepare import Preparation
+from hasten.preparation import Preparation
 from hasten.technique import Card, Claim, Contract, Loss, Parts, Resource, Rival, Slot, knob, technique
 
 

@@ -93,7 +93,26 @@ def tuned_tree(accuracy: Tensor, num_nodes: int) -> Tree:
         for below, chance in enumerate(table[depth + 1] if depth + 1 < len(table) else ()):
             heapq.heappush(frontier, (negative * chance, arrivals, node, depth + 1, below))
             arrivals += 1
-    return Tree(tuple(parents), tuple(ranks))
+    return _path_by_path(parents, ranks)
+
+
+def _path_by_path(parents: list[int], ranks: list[int]) -> Tree:
+    """The same tree with each node's first child right behind it.
+
+    The first children are the likeliest ones. A path that consists of them is then a run of nodes
+    from the start, whose keys and values need not be moved when it is accepted.
+    """
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(parents):
+        children.setdefault(parent, []).append(node)
+    order: list[int] = []
+    waiting = children.get(-1, [])[::-1]
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        waiting += children.get(node, [])[::-1]
+    place = {node: index for index, node in enumerate(order)} | {-1: -1}
+    return Tree(tuple(place[parents[node]] for node in order), tuple(ranks[node] for node in order))
 
 
 def chain_tree(num_heads: int, num_nodes: int) -> Tree:

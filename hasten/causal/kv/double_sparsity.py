@@ -15,7 +15,7 @@ from hasten.causal.kv.reading import Reads, top_entries, visible
 from hasten.causal.run import Run
 from hasten.causal.runners import Block, EagerRunner
 from hasten.causal.slots import KV
-from hasten.prepare import Preparation
+from hasten.preparation import Preparation
 from hasten.technique import (
     Card,
     Claim,

@@ -68,8 +68,9 @@ class RecycledAttention(KV):
     chooses for the first passes.
 
     Source: Recycled Attention (arXiv 2411.05787; the second version is named RefreshKV). No code
-    was published. Inferred: pooling by the maximum; that the set grows until the next full step;
-    the dynamic schedule's comparison (cosine of the rotated queries, averaged over heads, the row
+    was published. Inferred: pooling by the maximum; that the neighbours of an attended entry are
+    read with it (`kernel`, taken from SnapKV; 1 turns it off); that the set grows until the next
+    full step; the dynamic schedule's comparison (cosine of the rotated queries, averaged over heads, the row
     that is least alike decides); a block of several queries, such as a draft to verify, reads the
     same set with its own tokens added, so the model that verifies is the recycled one.
     """
@@ -90,15 +91,16 @@ class RecycledAttention(KV):
         ),
         neutral={"budget": 1.0},
         rival=Rival(
-            "recycled_attention(budget={budget}, schedule='dynamic', threshold=-1.0)",
+            "random_eviction(budget={budget})",
             "perplexity",
-            "chooses once after the prompt and never again",
+            "keeps as large a share without looking at it",
         ),
         saves="cache_bytes",
         notes=(
             "Saves reading, not memory: the cache stays whole. Full steps read everything, so with "
             "the fixed schedule the mean share read is about 1/stride + (1 - 1/stride) * budget, "
-            "and the tokens since the last full step come on top. The stride is not given in what "
+            "and the tokens since the last full step come on top. Without `kernel`, small models "
+            "lose the tokens just before a full step, which they need. The stride is not given in what "
             "is public of the paper; 10 is the lower end of what its experiments suggest."
         ),
     )
@@ -121,6 +123,9 @@ class RecycledAttention(KV):
         "fixed", "fixed: a full step every stride tokens; dynamic: where the query has changed",
         choices=("fixed", "dynamic"),
     )  # fmt: skip
+    kernel: int = knob(
+        7, "entries around an attended one that share its score; 1 takes it alone", low=1, high=63
+    )
     threshold: float = knob(
         0.8, "dynamic only: full step where the query's cosine to the last full step's is below",
         low=-1.0, high=1.01,
@@ -179,6 +184,10 @@ class RecycledAttention(KV):
         weights = view.probabilities(block - 1 if view.is_prompt else 0)[..., :length]
         real = (view.positions[:, -weights.shape[2] :] >= 0)[:, None, :, None]
         pooled = (weights * real).amax(dim=2).unflatten(1, (-1, view.groups)).amax(dim=2)
+        if self.kernel > 1:
+            padding = self.kernel // 2
+            pooled = nn.functional.max_pool1d(pooled, self.kernel, stride=1, padding=padding)
+            pooled = pooled[..., :length]  # an even kernel gives one more
         seen = visible(view)
         if seen is not None:
             seen = seen[:, :, -weights.shape[2] :, :length].any(dim=2)

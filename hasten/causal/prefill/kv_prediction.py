@@ -14,7 +14,7 @@ from hasten.causal.prefill.projections import check
 from hasten.causal.run import Run
 from hasten.causal.runners import Block, Output
 from hasten.causal.slots import Prefill
-from hasten.prepare import Preparation
+from hasten.preparation import Preparation
 from hasten.technique import (
     Card,
     Claim,
@@ -120,10 +120,10 @@ class KVPrediction(Prefill):
             )
             state.fill(run.lane.cache, before)
             run.lane.filled = run.lengths - 1
-            run.activity["kv_prediction.tokens"] += int((before.positions >= 0).sum()) * run.batch // len(before.positions)
+            run.activity["kv_prediction.tokens"] += int((before.positions >= 0).sum())
             prompt = run.compose(None)
         elif self.decoder == "aux":
-            run.activity["kv_prediction.tokens"] += prompt.tokens.numel()
+            run.activity["kv_prediction.tokens"] += int((prompt.positions >= 0).sum())
         output = run.forward(prompt)
         run.commit(None)
         return output

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hasten.causal.fitting import fit, frozen
 from hasten.causal.prefill.predictor import auxiliary, kept_layers, layer_map, mapped, own_weights
 from hasten.causal.prefill.projections import Projected, attentions, caught, check, normed, replaced
-from hasten.prepare import Preparation
+from hasten.preparation import Preparation
 from hasten.technique import Parts
 
 CROP = 256  # tokens of one training sequence

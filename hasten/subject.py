@@ -120,11 +120,15 @@ def open_subject(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _check_config(config, shown)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        # What does not fit the config would be filled with random numbers, so ask for the list.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except SubjectError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SubjectError(_unopened(shown, error)) from error
+    _check_weights(loading, shown)
     if device is not None or torch.cuda.is_available():
         model = model.to(device or "cuda")
     if tokenizer is None:
@@ -178,18 +182,37 @@ def _check_config(config: Any, name: str) -> None:
         )
 
 
+def _check_weights(loading: dict[str, Any], name: str) -> None:
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise SubjectError(
+            f"{name} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} among "
+            "them; get the whole checkpoint."
+        )
+    for key, found, wanted in sorted(loading["mismatched_keys"], key=str):
+        raise SubjectError(
+            f"{name}: {key} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}; "
+            "use the config that came with the weights."
+        )
+
+
 def _unopened(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     if not _is_folder(name):
         return f"Cannot open {name!r}: it is no zoo model or folder, and as a hub id: {reason}. {_known()}"
     return f"Cannot open {name}: {reason}"
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model, or None: ids in, ids out; what needs text says so."""
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError):
-        return None  # ids in, ids out; what needs text says so
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # a damaged file raises whatever its parser does
+        if (Path(source) / "tokenizer.json").is_file():
+            raise SubjectError(f"{source}/tokenizer.json cannot be read ({error}); copy it again.") from error
+        return None
+    # Some families make an empty tokenizer where there are no files.
+    return tokenizer if tokenizer.vocab_size else None
 
 
 def _checked(model: nn.Module) -> PreTrainedModel:
@@ -207,6 +230,11 @@ def _checked(model: nn.Module) -> PreTrainedModel:
         raise SubjectError(
             f"{type(model).__name__} ({config.model_type}) is a model family that the causal engine cannot run: it "
             "needs a decoder whose every layer looks its attention up in transformers' registry."
+        )
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        raise SubjectError(
+            f"{type(model).__name__} ({config.model_type}) attends to what follows a token too, so no engine of "
+            "hasten runs it; the causal engine takes models that read from left to right."
         )
     return model.eval()
 

@@ -33,7 +33,7 @@ _SMALL: dict[str, Any] = {
     "initializer_range": INITIALIZER_RANGE,
     "bos_token_id": None,
     "eos_token_id": EOS,
-    "pad_token_id": EOS,
+    "pad_token_id": None,  # a padding id in the config would get an embedding of zeros
 }
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
 
@@ -76,12 +76,13 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.pad_token_id = EOS
     return model.to(dtype).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per character of printable ASCII; id 0 is end of text, padding and unknown."""
-    vocabulary = {"<eos>": EOS, **{char: i + 1 for i, char in enumerate(CHARACTERS)}}
+def tiny_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One id per character of an alphabet; id 0 is end of text, padding and unknown."""
+    vocabulary = {"<eos>": EOS, **{char: i + 1 for i, char in enumerate(characters)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -48,7 +48,7 @@ def test_amdahl() -> None:
     assert amdahl(1.0, math.inf) == math.inf
     assert amdahl(0.5, 0.5) == pytest.approx(2 / 3)
     for share, factor in ((1.1, 2.0), (-0.1, 2.0), (0.5, 0.0), (0.5, math.nan)):
-        with pytest.raises(ValueError, match="must be positive|lies between"):
+        with pytest.raises(ValueError, match=r"must be positive|lies between"):
             amdahl(share, factor)
 
 

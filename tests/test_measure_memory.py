@@ -24,7 +24,7 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def hold(mib: int) -> int:
     """Fill memory, long enough to be seen, and free it again."""
     block = torch.ones(mib * MIB // 4)
-    return sum(int(block[:1000].sum()) for _ in range(3000))
+    return sum(int(block[:1000].sum()) for _ in range(500))
 
 
 def test_a_freed_block_still_counts(method: str) -> None:

@@ -37,7 +37,7 @@ def test_right_so_far(continuation: str) -> None:
     "continuation",
     [
         "return return\n",
-        "return (folder\n\ndef other():\n    pass\n",  # the bracket is open, and `def` is wrong in it
+        "return (folder\n\ndef other():\n    pass\n",  # no `def` in brackets
         "x = 1\n      y = 2\n",
         "x = 1 +\n    y = 2\n",
         "x = 'abc\n    y = 2\n",

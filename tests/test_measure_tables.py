@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -28,7 +28,8 @@ def result() -> dict[str, Any]:
 
 def shown(table: Table, width: int = 120, *, colours: bool = False) -> str:
     file = io.StringIO()
-    Console(file=file, width=width, force_terminal=colours, color_system="standard").print(table)
+    system: Literal["standard"] | None = "standard" if colours else None
+    Console(file=file, width=width, force_terminal=colours, color_system=system).print(table)
     return file.getvalue()
 
 

@@ -22,7 +22,7 @@ def test_look_and_number() -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(0, "0"), (0.01234, "0.0123"), (12.345, "12.3"), (99.95, "99.9"), (12345.6, "12,346"),
+    [(0, "0"), (0.01234, "0.0123"), (12.345, "12.3"), (99.5, "99.5"), (12345.6, "12,346"),
      (1.0, "1"), (3e-7, "3.0e-07"), (-2.5, "-2.50"), (None, view.DASH), (math.inf, view.DASH)],
 )  # fmt: skip
 def test_plain_number(value: float | None, words: str) -> None:

@@ -55,8 +55,9 @@ def open_companion(model: PreTrainedModel, wanted: str, *, technique: str, knob:
 
 def _sibling(model: PreTrainedModel, technique: str, knob: str) -> str:
     """The zoo's smaller model for this one, which must be a zoo model itself."""
+    folder = Path(model.name_or_path or "").absolute()
     for name, smaller in SMALLER.items():
-        if zoo.is_zoo_name(name) and Path(model.name_or_path).absolute() == zoo.path(name).absolute():
+        if zoo.is_zoo_name(name) and folder == zoo.path(name).absolute():
             if zoo.is_zoo_name(smaller):
                 return smaller
             raise PlanError(f"{technique}: {smaller}, the smaller sibling of {name}, is not here; train it first.")

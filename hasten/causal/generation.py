@@ -136,6 +136,8 @@ class Settings:
                 f"max_new_tokens={self.max_new_tokens} is out of range; allowed is 1 to "
                 f"{MAX_NEW_TOKENS_LIMIT}."
             )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise HastenError(f"seed={self.seed!r} is out of range; allowed is 0 to {2**63 - 1}.")
         ranges = (
             ("temperature", self.temperature, 1e-6 if self.do_sample else 0.0, 100.0),
             ("top_k", self.top_k, 0, 10**9),

@@ -130,8 +130,10 @@ def _model_data(name: str) -> dict[str, Any]:
 def _techniques_table(kinds: list[type[Technique]]) -> Table:
     """One section a family, one line a technique, so that it fits in 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, border_style="dim")
-    for heading in ("technique", "slot", "class", "paper"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("technique", no_wrap=True)
+    table.add_column("slot", overflow="fold")
+    table.add_column("class", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
     for family in sorted({kind.card.family for kind in kinds}):
         table.add_row(Text(family, style="bold"))
         for kind in (kind for kind in kinds if kind.card.family == family):

@@ -21,6 +21,7 @@ from hasten.cli.shared import (
     Threads,
     at_least,
     check_output,
+    check_seed,
     console,
     need_extra,
     note,
@@ -72,7 +73,11 @@ def bench(
 
     Each technique gets a row of its own, and the whole plan the last one.
     """
-    at_least(1, max_new_tokens=max_new_tokens, rounds=rounds, threads=threads)
+    from hasten.measure.clock import MIN_ROUNDS
+
+    at_least(1, max_new_tokens=max_new_tokens, threads=threads)
+    at_least(MIN_ROUNDS, rounds=rounds)
+    check_seed(seed)
     if report is not None:
         need_extra("matplotlib", "report")
         check_output(report)

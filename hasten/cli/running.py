@@ -21,6 +21,7 @@ from hasten.cli.shared import (
     Seed,
     Threads,
     at_least,
+    check_seed,
     console,
     note,
     only_json,
@@ -65,6 +66,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise HastenError("The prompt is empty; give some text to continue.")
+    if not all(stop or ()):
+        raise HastenError("--stop is empty; give the text to stop after.")
+    check_seed(seed)
     settings = _sampling(temperature, top_k, top_p)
     with only_json(as_json):
         quiet_libraries()
@@ -154,6 +158,7 @@ def prepare(
 ) -> None:
     """Train or calibrate what a plan needs for a model, and keep it where every verb finds it."""
     at_least(1, steps=steps)
+    check_seed(seed)
     with only_json(as_json):
         from hasten.plan import Plan
 
@@ -222,6 +227,7 @@ def train(
 ) -> None:
     """Train a zoo model again from its recipe, on Python's own library sources."""
     at_least(1, max_tokens=max_tokens, threads=threads)
+    check_seed(seed)
     with only_json(as_json):
         quiet_libraries()
         from hasten.zoo import recipes

@@ -120,6 +120,12 @@ def at_least(low: int, **values: int | None) -> None:
             raise HastenError(f"--{name.replace('_', '-')} is {value}; it must be {low} or more.")
 
 
+def check_seed(seed: int) -> None:
+    """Raise for a seed that no random generator takes."""
+    if not 0 <= seed < 2**63:
+        raise HastenError(f"--seed is {seed}; allowed is 0 to {2**63 - 1}.")
+
+
 def use_threads(threads: int | None) -> None:
     """Set torch's threads, where a number was given."""
     at_least(1, threads=threads)

@@ -245,6 +245,7 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
     left = torch.ones(size, size, device=device).to(dtype)
     right = torch.ones(size, size, device=device).to(dtype)
     if dtype == torch.int8:
+        right = right.t().contiguous().t()  # by columns, which is what int8 units of GPUs take
         return lambda: torch._int_mm(left, right)
     return lambda: torch.mm(left, right)
 

@@ -69,12 +69,10 @@ def bootstrap_interval(
     data = np.asarray(units, dtype=np.float64)
     if data.ndim == 0 or data.shape[0] == 0:
         raise ValueError("at least one unit is needed")
-    num_units = data.shape[0]
-    if num_units < 2:
+    if data.shape[0] < 2:
         return None
-    draws = np.random.default_rng(seed).integers(0, num_units, size=(resamples, num_units))
-    drawn = np.array([statistic(data[draw]) for draw in draws], dtype=np.float64)
-    return _percentiles(drawn, _expanded_tail(num_units, level), (1 - level) / 2)
+    drawn = [statistic(data[draw]) for draw in _draws(data.shape[0], resamples, seed)]
+    return _percentiles(np.array(drawn), data.shape[0], level)
 
 
 def median_interval(
@@ -88,9 +86,11 @@ def median_interval(
     """
     data = np.sort(_numbers(values))
     num = len(data)
-    drawn = bootstrap_interval(data, lambda rows: float(np.median(rows)), level=level, seed=seed)
-    if drawn is None:
+    if num < 2:
         return None
+    drawn = np.median(data[_draws(num, RESAMPLES, seed)], axis=1)
+    interval = _percentiles(drawn, num, level)
+    assert interval is not None  # a median is never undefined
     # Largest k with P(fewer than k of num values lie below the median) <= (1 - level) / 2.
     outside, trim = 0.0, 0
     for k in range(num // 2):
@@ -98,7 +98,7 @@ def median_interval(
         if outside > (1 - level) / 2:
             break
         trim = k
-    return min(drawn[0], float(data[trim])), max(drawn[1], float(data[num - 1 - trim]))
+    return min(interval[0], float(data[trim])), max(interval[1], float(data[num - 1 - trim]))
 
 
 def median_coverage(num_values: int, *, level: float = LEVEL) -> float:
@@ -314,10 +314,17 @@ def _quotient(top: float, bottom: float) -> float:
     return top / bottom
 
 
-def _percentiles(drawn: Array, tail: float, allowed: float) -> tuple[float, float] | None:
+def _draws(num_units: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """Which units each resample takes, shape (resamples, num_units)."""
+    return np.random.default_rng(seed).integers(0, num_units, size=(resamples, num_units))
+
+
+def _percentiles(drawn: Array, num_units: int, level: float) -> tuple[float, float] | None:
+    """The interval of resampled figures; None where too many of them are undefined."""
     undefined = np.isnan(drawn)
-    if undefined.mean() > allowed:
+    if undefined.mean() > (1 - level) / 2:
         return None
+    tail = _expanded_tail(num_units, level)
     low, high = np.quantile(drawn[~undefined], [tail, 1 - tail])
     return float(low), float(high)
 

@@ -77,7 +77,7 @@ th .pill { margin-top: 4px; }
 .legend i { display: inline-block; width: 9px; height: 9px; border-radius: 50%;
   margin: 0 5px 0 14px; }
 .legend i:first-child { margin-left: 0; }
-dl { display: grid; grid-template-columns: 150px 1fr; gap: 7px 18px; margin: 14px 0 0; }
+dl { display: grid; grid-template-columns: 220px 1fr; gap: 7px 18px; margin: 14px 0 0; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 code { font: 13px/1.5 var(--mono); background: var(--soft); padding: 2px 6px; border-radius: 5px;
   overflow-wrap: anywhere; }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ def test_counters_add_up(small_folder: Path) -> None:
     # A model that takes over reads what the other one wrote, save the newest token, and the last
     # token of its own, which it never read; the first time it reads the prompt instead of that.
     ends = [0, *switches, 60]
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(ends)]
     assert activity[f"{NAME}.catch_up"] == 24 + sum(lengths[:-1]) - 1
 
 

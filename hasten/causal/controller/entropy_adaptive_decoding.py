@@ -15,7 +15,18 @@ from hasten.causal.companion import AUTO, Companion, open_companion
 from hasten.causal.run import Lane, Output, Run
 from hasten.causal.slots import Controller
 from hasten.errors import HastenError
-from hasten.technique import Card, Claim, Contract, Loss, Parts, Resource, Rival, Slot, knob, technique
+from hasten.technique import (
+    Card,
+    Claim,
+    Contract,
+    Loss,
+    Parts,
+    Resource,
+    Rival,
+    Slot,
+    knob,
+    technique,
+)
 
 LARGE, SMALL = "base", "small"  # names of the lanes
 

@@ -109,9 +109,8 @@ def decoded(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> st
 def parses(candidates: Sequence[Candidate]) -> list[float]:
     """1 while prompt and continuation are the beginning of valid Python, else 0.
 
-    The last line counts once it ends in a newline, or when the text is finished by its own end. A
-    prompt that is wrong already (a window cut out of a file, or no Python at all) allows no
-    judgement: 0.5 for all.
+    The last line counts once it ends in a newline. A prompt that is wrong already (a window cut
+    out of a file, or no Python at all) allows no judgement: 0.5 for all.
     """
     return [_parses(candidate) for candidate in candidates]
 

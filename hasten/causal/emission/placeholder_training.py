@@ -19,7 +19,7 @@ from hasten.preparation import Preparation
 from hasten.technique import Parts
 
 CROP = 256  # tokens of one training sequence
-BATCH = 8
+BATCH = 4
 STEPS = 1000
 RATE = 2e-3
 FULL_RATE = 5e-4

@@ -98,6 +98,7 @@ class D2O(RunningScores):
     merge: str = knob("scaled", "weights of a merge: the code's, the paper's, or no merge", choices=("scaled", "normalised", "drop"))
     threshold: float | None = knob(None, "fixed similarity from which on is merged; none follows the mean")
     smoothing: float = knob(0.5, "weight of the old bar when a new mean similarity comes", low=0.0, high=1.0)
+    score: str = knob("sum", "attention received in all, or per query that could see the entry", choices=("mean", "sum"))
     running: bool = knob(True, "add each decoding step's attention to the scores")
 
     def begin(self, run: Run, bound: Any) -> State | None:

@@ -69,6 +69,7 @@ class ElasticCache(RankedOnce):
     )
 
     budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
+    score: str = knob("mean", "attention per query that could see the entry, or the paper's plain sum", choices=("mean", "sum"))
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
     num_recent: int = knob(1, "newest tokens of the prompt that always stay", low=1)
     distance: int = knob(-25, "where decoding deletes: entries from the start, or (negative) from the prompt's end")

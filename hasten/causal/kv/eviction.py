@@ -190,11 +190,12 @@ class Ranked:
 class RankedOnce(KV):
     """Base: ranks the prompt's entries by attention received, then deletes at a fixed place.
 
-    The importance of entry j in a layer is sum over queries i >= j of the mean over heads of
-    A[i, j]; it is the same for all heads. Early entries are favoured, since more queries see them.
+    The importance of entry j in a layer is the sum over queries i >= j of the mean over heads of
+    A[i, j], the same for all heads; `score=mean` divides it by the number of those queries.
     """
 
     budget: float
+    score: str
     num_sinks: int
     num_recent: int
 
@@ -205,7 +206,11 @@ class RankedOnce(KV):
     def observe(self, state: Ranked | None, view: AttentionView) -> None:
         """Sum up the prompt's attention, once for each cache."""
         if state is not None and fills_empty_cache(view):
-            state.scores[view.layer] = view.received().mean(dim=1)
+            received = view.received().mean(dim=1)
+            if self.score == "mean":
+                end = view.positions.amax(dim=1, keepdim=True) + 1
+                received = received / (end - view.positions)
+            state.scores[view.layer] = received
 
     def compress(self, state: Ranked | None, run: Run, cache: KVCache) -> None:
         """Shrink after the prompt, then keep to each layer's share."""

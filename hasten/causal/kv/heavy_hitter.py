@@ -49,6 +49,7 @@ class HeavyHitter(RunningScores):
     budget: float = knob(0.25, "share of the prompt's length that the cache may hold", low=0.01, high=1.0)
     recent_share: float = knob(0.5, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
     num_sinks: int = knob(0, "first tokens that always stay (H2O has none)", low=0)
+    score: str = knob("sum", "attention received in all, or per query that could see the entry", choices=("mean", "sum"))
     running: bool = knob(True, "add each decoding step's attention to the scores")
 
     def sizes(self, state: Running, cache: KVCache, seen: list[int]) -> list[Size | None]:

@@ -186,8 +186,10 @@ class RecycledAttention(KV):
         pooled = (weights * real).amax(dim=2).unflatten(1, (-1, view.groups)).amax(dim=2)
         if self.kernel > 1:
             padding = self.kernel // 2
-            pooled = nn.functional.max_pool1d(pooled, self.kernel, stride=1, padding=padding)
-            pooled = pooled[..., :length]  # an even kernel gives one more
+            around = nn.functional.max_pool1d(pooled, self.kernel, stride=1, padding=padding)
+            # Neighbours share one score; their own decides which of them come first. (An even
+            # kernel gives one entry more.)
+            pooled = around[..., :length] + 1e-3 * pooled
         seen = visible(view)
         if seen is not None:
             seen = seen[:, :, -weights.shape[2] :, :length].any(dim=2)

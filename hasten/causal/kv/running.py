@@ -64,6 +64,7 @@ class RunningScores(KV):
     """
 
     budget: float
+    score: str
     num_sinks: int
     running: bool
 
@@ -128,7 +129,11 @@ class RunningScores(KV):
             return
         state.evicted += sum(over)
         scores = state.scores[layer]
-        ranked = scores.masked_fill(must_stay(layer, seen, self.num_sinks, size.recent), ALWAYS)
+        ranked = scores
+        if self.score == "mean":
+            ends = torch.tensor(seen, device=scores.device)[:, None, None]
+            ranked = scores / (ends - layer.positions).clamp(min=1)
+        ranked = ranked.masked_fill(must_stay(layer, seen, self.num_sinks, size.recent), ALWAYS)
         if layer.table.has_holes:
             ranked = ranked.masked_fill(layer.positions < 0, math.inf)
         if most == min(over) == 1 and not is_roomy(layer, 1):

@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment of its own, in .venv.
+#
+#     make demo     install, then measure medusa on the shipped model and write report.html
+#     make test     install, then run all tests
+#     make lint     ruff
+#     make types    mypy
+#     make docs     write the generated pages anew
+#     make clean    remove the environment and what was built
+#
+# On Linux without a GPU, torch's CPU build saves gigabytes:
+#     make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_PLAN ?= --with medusa
+
+# python3.11 where it runs, else any python3 of at least that version.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: demo test lint types docs clean
+
+demo: $(VENV)/.report
+	$(BIN)/hasten bench code-lm $(DEMO_PLAN) --report report.html
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check hasten tests
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m hasten.docs cards
+
+clean:
+	rm -rf $(VENV) build dist hasten.egg-info .pytest_cache .mypy_cache .ruff_cache report.html
+	find hasten tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras; an installation that failed leaves none.
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "hasten needs Python 3.11 or newer (with venv); none was found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hasten.zoo.catalogue as zoo
@@ -121,9 +127,10 @@ def open_subject(
         config = AutoConfig.from_pretrained(source, **options)
         _check_config(config, shown)
         # What does not fit the config would be filled with random numbers, so ask for the list.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        model, loading = loaded
     except SubjectError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hasten
 from hasten import parts as parts_on_disk
 from hasten import technique as registry
-from hasten.causal.engine import CausalModel
+from hasten.causal.engine import RUNNERS, CausalModel
 from hasten.errors import HastenError, PlanError
 from hasten.plan import Plan, conflict
 from hasten.technique import Knob, Loss, Technique
@@ -207,6 +207,29 @@ def test_on_is_on(lab: Lab, slug: str, name: str) -> None:
         assert own and any(value > 0 for value in own.values()), fast.activity
         assert all(isinstance(value, (int, float)) for value in fast.activity.values())
         assert ids.shape == (1, 48 + NEW)
+
+
+@pytest.mark.parametrize("slug", BUILT)
+def test_streams_and_scores(lab: Lab, slug: str) -> None:
+    arguments = {"max_new_tokens": NEW, **GREEDY}
+    continuation = models.prompt(1, 12, seed=5)
+    with lab.apply("gqa") as plain:
+        wanted = plain.score(**one(), continuation=continuation, logits=True)
+    with lab.apply("gqa", lab.technique("gqa", slug)) as fast:
+        ids = fast.generate(**one(), **arguments)
+        assert torch.equal(torch.cat(list(fast.stream(**one(), **arguments))), ids[0, 48:])
+        score = fast.score(**one(), continuation=continuation, logits=True)
+    assert score.nll.shape == (1, 12) and bool(score.nll.isfinite().all())
+    assert score.logits is not None and wanted.logits is not None
+    if slug in SAME_IDS:
+        assert torch.equal(score.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("slug", BUILT)
+def test_a_runner_that_cannot_carry_it_is_refused(lab: Lab, slug: str) -> None:
+    for runner in set(RUNNERS) - registry.get(slug).contract.runners:
+        with pytest.raises(PlanError, match=f"{slug} does not run on the '{runner}' runner"):
+            lab.apply("gqa", lab.technique("gqa", slug), runner=runner)
 
 
 # --------------------------------------------------------------------------- the class holds

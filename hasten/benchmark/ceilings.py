@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from hasten.measure.ceilings import Ceiling, TokenWork, amdahl, ceiling, modelled_shares
 from hasten.measure.limits import Limits
@@ -40,8 +41,8 @@ def token_work(subject: Subject, mean_length: float) -> TokenWork:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = subject.model.dtype.itemsize
     cache = 2 * config.num_hidden_layers * heads * head_dim * item * mean_length
-    head = subject.model.get_output_embeddings()
-    embedding = subject.model.get_input_embeddings()
+    head: Any = subject.model.get_output_embeddings()
+    embedding: Any = subject.model.get_input_embeddings()
     weights = float(subject.num_bytes)
     if head is not None and head.weight is not embedding.weight:
         weights -= embedding.weight.nbytes  # one row of it is read, not all

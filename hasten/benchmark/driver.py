@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,14 +213,13 @@ class _Job:
             from hasten.zoo.corpus import training_texts
 
             texts = training_texts(PREPARE_BYTES)
-            name = technique.name
             prepare(
-                self.subject,
-                technique,
-                texts=texts,
-                seed=self.seed,
-                tick=lambda done, total, message, name=name: self.tick(done, total, f"training {name}: {message}"),
+                self.subject, technique, texts=texts, seed=self.seed, tick=self._naming(f"training {technique.name}")
             )
+
+    def _naming(self, words: str) -> Tick:
+        """A tick that says what it is about."""
+        return lambda done, total, message: self.tick(done, total, f"{words}: {message}")
 
     def choose_runner(self, wanted: str) -> str:
         """The faster runner for plain decoding; compiling is not counted."""
@@ -256,7 +256,7 @@ class _Job:
     def time(self, contenders: dict[str, _Contender], rounds: int) -> Timings:
         """All contenders and the naive way, in turns."""
         calls: dict[str, Callable[[], Sample]] = {
-            name: lambda contender=contender: self._call(contender) for name, contender in contenders.items()
+            name: partial(self._call, contender) for name, contender in contenders.items()
         }
         calls[NAIVE] = self._naive
         # Two warm-up rounds: the first compiles what is compiled.
@@ -288,7 +288,7 @@ class _Job:
         seconds, tokens = 0.0, 0
         for prompt in self.work.prompts:
             with stopwatch(self.subject.model.device) as watch:
-                out = self.subject.model.generate(
+                out = self.subject.model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=self.work.max_new_tokens,

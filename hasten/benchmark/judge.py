@@ -52,8 +52,8 @@ def answer(model: CausalModel, work: Workload, tick: Tick) -> Answers:
         assert isinstance(out, Tensor)
         found.ids.append(out[0, prompt.shape[1] :])
         if tokenizer is not None:
-            before = tokenizer.decode(prompt[0])
-            found.texts.append((before + tokenizer.decode(found.ids[-1]), len(before)))
+            before = str(tokenizer.decode(prompt[0]))
+            found.texts.append((before + str(tokenizer.decode(found.ids[-1])), len(before)))
         tick()
     for passage in work.passages:
         score = model.score(passage.prompt, passage.continuation, logits=True)
@@ -69,7 +69,7 @@ def answer(model: CausalModel, work: Workload, tick: Tick) -> Answers:
         ids = ids[:, -limit:].to(model.subject.model.device)
         out = model.generate(ids, max_new_tokens=RETRIEVAL_TOKENS, do_sample=False)
         assert isinstance(out, Tensor)
-        found.recalled.append(retrieved(item, tokenizer.decode(out[0, ids.shape[1] :])))
+        found.recalled.append(retrieved(item, str(tokenizer.decode(out[0, ids.shape[1] :]))))
         tick()
     return found
 

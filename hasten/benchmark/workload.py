@@ -143,6 +143,6 @@ def _passages(
         if ids.shape[1] < PASSAGE_TOKENS + 8:
             continue
         continuation = ids[:, -PASSAGE_TOKENS:]
-        text = subject.tokenizer.decode(continuation[0])
+        text = str(subject.tokenizer.decode(continuation[0]))
         found.append(Passage(ids[:, :-PASSAGE_TOKENS], continuation, max(1, len(text.encode()))))
     return found

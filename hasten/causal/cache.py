@@ -159,6 +159,8 @@ class LayerCache:
 class KVCache(Cache):
     """The cache of one model in one call; a transformers `Cache`, so models run on it as they are."""
 
+    layers: list[LayerCache]  # type: ignore[assignment]  # transformers' own kinds never stand here
+
     def __init__(self, num_layers: int, batch: int, capacity: int, device: torch.device) -> None:
         buffer = torch.full((batch, 1, capacity), -1, dtype=torch.long, device=device)
         table = PositionTable(buffer, 0, has_holes=False)

@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
+from hasten.causal.slots import CausalTechnique
 from hasten.errors import HastenError, PlanError
 from hasten.parts import find
 from hasten.plan import Plan
@@ -77,7 +78,11 @@ class CausalModel:
         self.plan = plan
         self.parts = {t.name: self._parts_of(t, parts or {}) for t in plan}
         self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
-        brought = [own for t, bound in self.bound if (own := t.model(bound)) is not None]
+        brought = [
+            own
+            for technique, bound in self.bound
+            if isinstance(technique, CausalTechnique) and (own := technique.model(bound)) is not None
+        ]
         self.runner: Runner = make_runner(runner, brought[0] if brought else model, plan)
         self.activity: dict[str, int] = {}
         self.peak_cache_bytes = 0
@@ -192,7 +197,7 @@ class CausalModel:
         prompt, mask = _checked_prompt(self.subject, input_ids, attention_mask)
         settings = Settings.resolve(self.subject.model, prompt.shape[1], arguments)
         _check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
-        slots = Slots.fill(self.bound)
+        slots = Slots.fill(self.bound)  # type: ignore[arg-type]
         run = Run(self.runner, settings, prompt, mask, slots)
         run.tokenizer = self.subject.tokenizer
         return run

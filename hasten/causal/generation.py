@@ -219,7 +219,7 @@ class Sampler:
             assert prefix is not None, "a repetition penalty needs the tokens so far"
             self._penalty.prompt_ignore_length = pads
             scores = self._penalty(prefix, scores)
-        return self._warpers(prefix, scores) if self._warpers else scores
+        return self._warpers(prefix, scores) if self._warpers else scores  # type: ignore[arg-type]
 
     def pick(self, scores: Tensor) -> Tensor:
         """One token a row from processed scores (rows, vocabulary): (rows,)."""

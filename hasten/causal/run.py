@@ -102,6 +102,7 @@ class Run:
         activity: counters; every technique counts under its own name ("medusa.accepted").
         forced: (batch, length) tokens to emit instead of chosen ones (scoring), or None.
         trace: logits (batch, vocabulary) from which each pass's first token came, or None.
+        gained: tokens emitted by passes with a draft beyond one per pass and unfinished row.
         tokenizer: the subject's tokenizer where it has one, for techniques that look at text.
     """
 
@@ -135,6 +136,7 @@ class Run:
         self.on_tokens: Any = None  # called with (run, first new column) after tokens were emitted
         self.states: dict[int, Any] = {}
         self.peak_cache_bytes = 0
+        self.gained = 0
         self.first_token_at = 0.0  # time.perf_counter() when the prompt was through
 
     # -- set-up and end ------------------------------------------------------------------------
@@ -244,7 +246,12 @@ class Run:
             self.trace.append(self.last.logits[:, 0])
         if self.slots.controller is not None:
             self.slots.controller[0].after_pass(self.state(self.slots.controller), self, self.last)
-        self.emit(verdict)
+        if draft is None:
+            self.emit(verdict)
+        else:
+            before = self.activity["emitted"] + int((~self.finished).sum())
+            self.emit(verdict)
+            self.gained += self.activity["emitted"] - before
         held = sum(lane.cache.num_bytes() for lane in self.lanes.values())
         self.peak_cache_bytes = max(self.peak_cache_bytes, held)
         if self.slots.kv is not None:
@@ -499,7 +506,7 @@ def verdict_of_paths(run: Run, draft: Draft, paths: list[list[int]], bonus: Tens
         at.append(last)
         nodes.append(path + absent)
         tokens.append([*(drafted[row][node] for node in path), following[row][last], *absent])
-    options = {"dtype": torch.long, "device": run.device}
+    options: dict[str, Any] = {"dtype": torch.long, "device": run.device}
     return Verdict(
         torch.tensor(tokens, **options), torch.tensor(nodes, **options), torch.tensor(at, **options)
     )

@@ -127,8 +127,9 @@ def read_prompts(path: Path) -> list[str]:
             found = [line for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise HastenError(f"{path} is not valid JSON: {error}.") from error
-    prompts = [item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in found]
-    if not prompts or not all(isinstance(item, str) and item for item in prompts):
+    values = [item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in found]
+    prompts = [value for value in values if isinstance(value, str) and value]
+    if not prompts or len(prompts) < len(values):
         raise HastenError(f"{path} holds no prompts; give a text a line, or JSON texts in .json or .jsonl.")
     return prompts
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +32,7 @@ from rich.progress import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hasten.errors import HastenError
 
@@ -149,7 +149,7 @@ class Outcome:
 def next_token_loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy of each next token, in nats."""
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()), {}
+    return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()), {}
 
 
 def fit(

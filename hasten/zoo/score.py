@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hasten.errors import HastenError
 
@@ -73,6 +73,6 @@ def _nats(model: nn.Module, ids: Tensor, context: int, stride: int) -> float:
         window = ids[start : end + 1].to(device)
         logits = model(input_ids=window[None, :-1], use_cache=False).logits[0].float()
         fresh = end - scored  # the last ones of the window; those before are only context
-        total += F.cross_entropy(logits[-fresh:], window[-fresh:], reduction="sum").item()
+        total += cross_entropy(logits[-fresh:], window[-fresh:], reduction="sum").item()
         scored = end
     return total

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 
 import hasten
 from hasten.causal.prefill.prediction_training import Training, next_token_loss, train
-from hasten.causal.prefill.predictor import Predictor, auxiliary, kept_layers, layer_map, own_weights
+from hasten.causal.prefill.predictor import (
+    Predictor,
+    auxiliary,
+    kept_layers,
+    layer_map,
+    own_weights,
+)
 from hasten.causal.prefill.projections import caught, check, widths
 from hasten.causal.runners import Block
 from hasten.errors import SubjectError
@@ -251,7 +257,7 @@ def test_the_cache_holds_the_prediction_and_then_the_bases_own_entries() -> None
     model = tiny_model(num_hidden_layers=4)
     ids = prompt(1, 10)
     with hasten.apply(model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}) as fast:
-        run = fast._run(ids, None, {"max_new_tokens": 4, "eos_token_id": None})
+        run = fast._run(ids, None, {"max_new_tokens": 4})
         fast._execute(run)
         predicted = fast.bound[0][1].predict(block_of(ids[:, :-1]))
     cache = run.lane.cache
@@ -265,10 +271,10 @@ def test_the_cache_holds_the_prediction_and_then_the_bases_own_entries() -> None
 def test_it_changes_the_output_and_undo_brings_it_back() -> None:
     model = tiny_model()
     ids = prompt(2, 12)
-    before = model.generate(ids, max_new_tokens=8, eos_token_id=None)
+    before = model.generate(ids, max_new_tokens=8)
     with hasten.apply(model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}) as fast:
-        assert not torch.equal(fast.generate(ids, max_new_tokens=8, eos_token_id=None), before)
-    assert torch.equal(model.generate(ids, max_new_tokens=8, eos_token_id=None), before)
+        assert not torch.equal(fast.generate(ids, max_new_tokens=8), before)
+    assert torch.equal(model.generate(ids, max_new_tokens=8), before)
 
 
 def test_bfloat16() -> None:
@@ -287,9 +293,9 @@ def test_the_auxiliary_alone() -> None:
     parts = untrained_parts(model)
     ids = held_out(2, 30)
     aux = auxiliary(model, kept_layers(4, 0.5))
-    expected = aux.generate(ids, max_new_tokens=10, eos_token_id=None, pad_token_id=EOS)
+    expected = aux.generate(ids, max_new_tokens=10, pad_token_id=EOS)
     with hasten.apply(model, "kv_prediction(decoder=aux)", parts={"kv_prediction": parts}) as fast:
-        assert torch.equal(fast.generate(ids, max_new_tokens=10, eos_token_id=None), expected)
+        assert torch.equal(fast.generate(ids, max_new_tokens=10), expected)
 
 
 @pytest.mark.parametrize("family", UNSUPPORTED)
@@ -299,7 +305,7 @@ def test_other_families_are_refused_in_one_line(family: str) -> None:
         lambda: hasten.apply(model, "kv_prediction", parts={"kv_prediction": {}}),
         lambda: get("kv_prediction")().prepare(preparation(model, steps=1)),
     ):
-        with pytest.raises(SubjectError, match="kv_prediction cannot run on .*; leave it out") as error:
+        with pytest.raises(SubjectError, match=r"kv_prediction cannot run on .*; leave it out") as error:
             refused()
         assert "\n" not in str(error.value)
 

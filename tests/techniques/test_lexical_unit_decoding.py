@@ -32,7 +32,6 @@ from tests.models import EOS, FAMILIES, padded, prompt, tiny_model
 from tests.techniques.trained import held_out, preparation, trained_llama
 
 NAME = "lexical_unit_decoding"
-EVER = {"eos_token_id": None}
 
 
 def random_parts(model: PreTrainedModel, *, rank: int = 4, depth: int = 3) -> Parts:
@@ -54,7 +53,7 @@ def trained_parts() -> Parts:
 def generate(plan: str, parts: Parts, ids: Tensor, model: PreTrainedModel, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
     """New ids, and the counters."""
     with hasten.apply(model, plan, parts={NAME: parts}) as fast:
-        out = fast.generate(ids, **{"max_new_tokens": 40, **EVER, **arguments})
+        out = fast.generate(ids, **{"max_new_tokens": 40, **arguments})
         return out[:, ids.shape[1] :], fast.activity
 
 
@@ -237,11 +236,11 @@ def test_above_one_it_is_the_tuned_models_greedy_decoding(trained_parts: Parts) 
     model = trained_llama()
     ids = held_out(3, 50)
     twin = tuned_copy(model, trained_parts)
-    expected = twin.generate(ids, max_new_tokens=40, pad_token_id=EOS, **EVER)[:, 50:]
+    expected = twin.generate(ids, max_new_tokens=40, pad_token_id=EOS)[:, 50:]
     found, activity = generate(f"{NAME}(threshold=1.5)", trained_parts, ids, model)
     assert torch.equal(found, expected)
     assert activity["passes"] == 40
-    assert not any(key.startswith(NAME) for key in activity)
+    assert f"{NAME}.accepted" not in activity and activity[f"{NAME}.drafted"] > 0
     without, activity = generate(f"{NAME}(num_draft=0)", trained_parts, ids, model)  # k = 1
     assert torch.equal(without, expected)
     assert activity["passes"] == 40 and activity["positions"] == 50 + 39
@@ -252,7 +251,7 @@ def test_no_placeholder_stays_in_the_cache(threshold: float, trained_parts: Part
     """The cache is that of a plain pass over what was emitted, and so are the positions."""
     model, ids = trained_llama(), held_out(1, 50)
     with hasten.apply(model, f"{NAME}(threshold={threshold})", parts={NAME: trained_parts}) as fast:
-        run = fast._run(ids, None, {"max_new_tokens": 30, **EVER})
+        run = fast._run(ids, None, {"max_new_tokens": 30})
         fast._execute(run)
         twin = fast.runner.model
     tokens = run.sequences()
@@ -318,17 +317,21 @@ def test_confidence_is_calibrated(threshold: float, trained_parts: Parts) -> Non
     assert right >= threshold - 0.05
 
 
-def test_the_untuned_model_accepts_far_less(trained_parts: Parts) -> None:
-    """If it did not, placeholders would be reading the tokens that they are to predict."""
-    model = trained_llama()
+def test_the_untuned_model_is_sure_of_nonsense(trained_parts: Parts) -> None:
+    """Were it right, placeholders would be reading the tokens that they are to predict.
+
+    It may well accept more: a placeholder is nothing that it knows, so its confidence means nothing.
+    """
+    model, ids = trained_llama(), held_out(6, 60)
     untuned = fresh_parts(model, 4, torch.Generator())
-    ours, theirs = (accepted(model, parts, threshold=0.9) for parts in (trained_parts, untuned))
-    assert ours[0] > 2 * theirs[0]
-    assert theirs[1].nan_to_num(0.0) < 0.8
-    ids = held_out(4, 60)
-    plans = (f"{NAME}(tuned={tuned})" for tuned in (True, False))
-    tuned, plain = (generate(plan, trained_parts, ids, model)[1].get(f"{NAME}.accepted", 0) for plan in plans)
-    assert tuned > 2 * plain
+    ours, theirs = (accepted(model, parts, threshold=0.9)[1] for parts in (trained_parts, untuned))
+    assert ours > 0.85 and theirs < 0.6
+    agreement = []
+    for tuned, parts in ((True, trained_parts), (False, trained_parts)):
+        wanted, _ = generate(f"{NAME}(tuned={tuned}, num_draft=0)", parts, ids, model)
+        found, _ = generate(f"{NAME}(tuned={tuned})", parts, ids, model)
+        agreement.append(float((found == wanted).float().mean()))
+    assert agreement[0] > agreement[1] + 0.2
 
 
 def test_rows_do_not_disturb_each_other(trained_parts: Parts) -> None:
@@ -338,7 +341,7 @@ def test_rows_do_not_disturb_each_other(trained_parts: Parts) -> None:
     plan = f"{NAME}(threshold=0.7)"
     alone = [generate(plan, trained_parts, row[None], model)[0][0] for row in rows]
     with hasten.apply(model, plan, parts={NAME: trained_parts}) as fast:
-        together = fast.generate(**padded(rows), max_new_tokens=40, **EVER)[:, 60:]
+        together = fast.generate(**padded(rows), max_new_tokens=40)[:, 60:]
         assert fast.activity[f"{NAME}.accepted"] > 5
     for one, both in zip(alone, together, strict=True):
         assert torch.equal(one, both)
@@ -348,7 +351,7 @@ def test_rows_do_not_disturb_each_other(trained_parts: Parts) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_family_ends_where_it_should(family: str, dtype: torch.dtype) -> None:
     """At threshold 0 all placeholders count; the last ones stay inside what was asked for."""
-    model = tiny_model(family, dtype=dtype, max_position_embeddings=32)
+    model = tiny_model(family, dtype=dtype, max_position_embeddings=32, eos_token_id=None)
     parts = random_parts(model)
     for new in (1, 2, 3, 7, 20):  # 20 fills the context to its end
         found, activity = generate(f"{NAME}(threshold=0.0)", parts, prompt(2, 12), model, max_new_tokens=new)
@@ -376,7 +379,7 @@ def test_sampling_and_penalties_are_the_tuned_models(trained_parts: Parts) -> No
         {"repetition_penalty": 1.3},
     ):
         with hasten.apply(twin) as plain:
-            expected = plain.generate(ids, max_new_tokens=30, **EVER, **arguments)[:, 40:]
+            expected = plain.generate(ids, max_new_tokens=30, **arguments)[:, 40:]
         found, _ = generate(f"{NAME}(threshold=1.5)", trained_parts, ids, model, max_new_tokens=30, **arguments)
         assert torch.equal(found, expected)
     first, activity = generate(f"{NAME}(threshold=0.7)", trained_parts, ids, model, repetition_penalty=1.3)
@@ -406,7 +409,7 @@ def test_prepared_parts_are_found_again() -> None:
     ready = preparation(model)
     hasten.prepare(model, f"{NAME}(rank=2)", texts=ready.texts[:8], steps=1, tokenizer=ready.subject.tokenizer)
     with hasten.apply(model, f"{NAME}(rank=2, num_draft=1)") as fast:
-        assert fast.generate(prompt(), max_new_tokens=4, **EVER).shape == (1, 20)
+        assert fast.generate(prompt(), max_new_tokens=4).shape[0] == 1
     with pytest.raises(PlanError, match="has no trained part"):
         hasten.apply(model, f"{NAME}(rank=3)")
 
@@ -417,6 +420,6 @@ def test_the_compiled_runner_gives_the_same_ids(trained_parts: Parts) -> None:
     plan = f"{NAME}(threshold=0.7)"
     expected, eager = generate(plan, trained_parts, ids, model)
     with hasten.apply(model, plan, runner="compiled", parts={NAME: trained_parts}) as fast:
-        found = fast.generate(ids, max_new_tokens=40, **EVER)[:, 60:]
+        found = fast.generate(ids, max_new_tokens=40)[:, 60:]
         assert torch.equal(found, expected)
         assert fast.activity["passes"] == eager["passes"]

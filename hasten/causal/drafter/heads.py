@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def train_heads(preparation: Preparation, num_heads: int) -> Parts:
 def untrained_heads(model: PreTrainedModel, num_heads: int) -> Parts:
     """Heads whose logits are those of the LM head."""
     size = model.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr]
-    like = {"device": model.device, "dtype": torch.float32}
+    like: dict[str, Any] = {"device": model.device, "dtype": torch.float32}
     return {"weight": torch.zeros(num_heads, size, size, **like), "bias": torch.zeros(num_heads, size, **like)}
 
 

@@ -18,7 +18,18 @@ from hasten.causal.runners import Output
 from hasten.causal.slots import Draft, Emission, Verdict
 from hasten.errors import PlanError
 from hasten.preparation import Preparation
-from hasten.technique import Card, Claim, Contract, Loss, Parts, Resource, Rival, Slot, knob, technique
+from hasten.technique import (
+    Card,
+    Claim,
+    Contract,
+    Loss,
+    Parts,
+    Resource,
+    Rival,
+    Slot,
+    knob,
+    technique,
+)
 
 
 @dataclass
@@ -85,8 +96,8 @@ class LexicalUnitDecoding(Emission):
         neutral={"num_draft": 0, "tuned": False},
         rival=Rival(
             "lexical_unit_decoding(num_draft={num_draft}, threshold={threshold}, tuned=False)",
-            "ratio",
-            "the untuned model, which has never seen a placeholder",
+            "agreement",
+            "the untuned model, which has never seen a placeholder and is sure of nonsense behind one",
         ),
         saves="passes",
         trained=True,
@@ -166,7 +177,6 @@ class LexicalUnitDecoding(Emission):
         none = Draft.chain(run.tokens[:, :0])
         first = run.sampler.pick(run.node_scores(none, output.logits[:, :1])[:, 0])[:, None]
         if draft is None:
-            state.tally.settle(run)  # or this pass's token would count as the last draft's
             return Verdict(first)
         sure, guess = output.logits[:, 1:].float().softmax(dim=-1).max(dim=-1)
         tokens = torch.cat((first, guess), dim=1)
@@ -183,6 +193,5 @@ class LexicalUnitDecoding(Emission):
         """See `CausalTechnique.finish`."""
         state.tally.publish(run, self.name)
         if state.tally.accepted:
-            run.activity[f"{self.name}.tokens_per_pass"] = run.activity["emitted"] / (
-                run.activity["passes"] * run.batch
-            )
+            passes = run.activity["passes"] * run.batch
+            run.activity[f"{self.name}.tokens_per_pass"] = run.activity["emitted"] / passes  # type: ignore[assignment]

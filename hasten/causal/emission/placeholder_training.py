@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hasten.causal.attention import Pass, engine_attention, in_flight
 from hasten.causal.cache import KVCache
-from hasten.causal.emission.placeholders import Packed, fresh_parts, merged, pack, placeholder_id, wanted
+from hasten.causal.emission.placeholders import (
+    Packed,
+    fresh_parts,
+    merged,
+    pack,
+    placeholder_id,
+    wanted,
+)
 from hasten.causal.fitting import fit, frozen
 from hasten.preparation import Preparation
 from hasten.technique import Parts
@@ -42,10 +49,10 @@ class Tuning:
         """Cross-entropy on all tokens plus that on the wanted placeholders, one half each."""
         packed = pack(ids, cuts, self.depth, placeholder_id(self.model))
         logits = self.logits(merged(self.model, weights), packed)
-        ordinary = F.cross_entropy(logits[:, : ids.shape[1] - 1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        ordinary = functional.cross_entropy(logits[:, : ids.shape[1] - 1].flatten(0, 1).float(), ids[:, 1:].flatten())
         chosen = wanted(self.easy(ids), packed.targets).flatten(1)
         truth = ids[:, packed.targets.flatten()]
-        ahead = F.cross_entropy(logits[:, ids.shape[1] :][chosen].float(), truth[chosen])
+        ahead = functional.cross_entropy(logits[:, ids.shape[1] :][chosen].float(), truth[chosen])
         return ordinary + ahead
 
     @torch.no_grad()
@@ -53,7 +60,7 @@ class Tuning:
         """(batch, length) bool: the untuned model gave this token at least the probability alpha."""
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
         probs = logits.float().softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
-        return F.pad(probs >= self.alpha, (1, 0))
+        return functional.pad(probs >= self.alpha, (1, 0))
 
     def logits(self, tensors: dict[str, Tensor], packed: Packed) -> Tensor:
         """Logits (batch, block, vocabulary) of a packed block, run as the engine runs a drafted tree."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def fresh_parts(model: PreTrainedModel, rank: int, generator: torch.Generator) -
         float32 tensors: "placeholder" (hidden,), and per matrix of shape (rows, columns) either
         ".left" (rows, rank) and ".right" (rank, columns), whose product is added, or ".full".
     """
-    embedding = model.get_input_embeddings().weight.detach().float()
+    embedding = _embedding(model).weight.detach().float()
     parts = {PLACEHOLDER: embedding.mean(dim=0)}
     for name, weight in matrices(model).items():
         if rank == 0:
@@ -67,21 +68,25 @@ def merged(model: PreTrainedModel, parts: Parts) -> dict[str, Tensor]:
         elif name + LEFT in parts:
             update = parts[name + LEFT].to(weight.device).float() @ parts[name + RIGHT].to(weight.device).float()
             found[name] = (weight.float() + update).to(weight.dtype)
-    embedding = model.get_input_embeddings().weight
+    embedding = _embedding(model).weight
     row = parts[PLACEHOLDER].to(embedding)
     found[embedding_name(model)] = torch.cat((embedding.detach(), row[None]))
     return found
 
 
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def embedding_name(model: PreTrainedModel) -> str:
     """Name of the input embedding's weight in the model."""
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model)
     return next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
 
 
 def placeholder_id(model: PreTrainedModel) -> int:
     """The id behind the vocabulary of the untuned model."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    return int(_embedding(model).weight.shape[0])
 
 
 @torch.no_grad()
@@ -94,7 +99,7 @@ def tuned_copy(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
     memo: dict[int, object] = {id(t): t for t in (*named.values(), *model.buffers())}
     memo |= {id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tuned.items()}
     twin = copy.deepcopy(model, memo)
-    embedding = twin.get_input_embeddings()
+    embedding = _embedding(twin)
     embedding.weight = longer  # the LM head keeps the vocabulary's rows, also where both were one
     embedding.num_embeddings = longer.shape[0]
     return twin

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.causal.kv.eviction import allowance
-from hasten.causal.kv.heavy_hitter import recent_of
+from hasten.causal.kv.eviction import allowance, recent_of
 from hasten.causal.kv.merging import fold_into, most_similar
 from hasten.causal.kv.running import Running, RunningScores, Size
 from hasten.technique import Card, Claim, Contract, Loss, Resource, Rival, Slot, knob, technique

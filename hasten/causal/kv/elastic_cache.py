@@ -21,7 +21,6 @@ from hasten.causal.kv.eviction import (
     allowance,
     deletion_slot,
     kept_indices,
-    must_stay,
 )
 from hasten.causal.kv.merging import average_into, nearest_anchor
 from hasten.technique import Card, Claim, Contract, Loss, Resource, Rival, Slot, knob, technique
@@ -71,7 +70,7 @@ class ElasticCache(RankedOnce):
     budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
     score: str = knob("mean", "attention per query that could see the entry, or the paper's plain sum", choices=("mean", "sum"))
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
-    num_recent: int = knob(1, "newest tokens of the prompt that always stay", low=1)
+    recent_share: float = knob(0.25, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
     distance: int = knob(-25, "where decoding deletes: entries from the start, or (negative) from the prompt's end")
     merge: bool = knob(True, "average evicted entries into their neighbours instead of dropping them")
 
@@ -90,7 +89,7 @@ class ElasticCache(RankedOnce):
 
     def _merge(self, layer: LayerCache, keep: Tensor, seen: list[int]) -> int:
         """Average each evicted entry into the nearest kept one; returns how many were."""
-        stays = must_stay(layer, seen, self.num_sinks, [self.num_recent] * len(seen))
+        stays = self.must_stay(layer, seen)
         nearest = nearest_anchor(keep & ~stays)
         moved = ~keep & (layer.positions >= 0) & (nearest >= 0)
         here = torch.arange(layer.length, device=keep.device).expand_as(nearest)

@@ -50,6 +50,11 @@ def allowance(seen: int, share: float, least: int) -> int:
     return max(least, math.ceil(seen * share - ROUNDING))
 
 
+def recent_of(counts: list[int], share: float, num_sinks: int) -> list[int]:
+    """How many of each row's entries are simply the newest: at least one, and sinks come first."""
+    return [max(1, min(int(count * share), count - num_sinks)) for count in counts]
+
+
 # ------------------------------------------------------------------------------------- which ones
 def must_stay(layer: LayerCache, seen: list[int], num_sinks: int, recent: list[int]) -> Tensor:
     """Mask (batch, heads or 1, length) of the first tokens, of each row's newest ones, and of holes.
@@ -197,7 +202,7 @@ class RankedOnce(KV):
     budget: float
     score: str
     num_sinks: int
-    num_recent: int
+    recent_share: float
 
     def begin(self, run: Run, bound: Any) -> Ranked | None:
         """No state at a budget of 1: then nothing is watched and nothing touched."""
@@ -230,16 +235,20 @@ class RankedOnce(KV):
     @property
     def least(self) -> int:
         """Entries that stay in each layer whatever the budget says."""
-        return self.num_sinks + self.num_recent
+        return self.num_sinks + 1
 
     def shrink(self, run: Run, cache: KVCache, scores: list[Tensor], seen: list[int]) -> FixedSlots:
         """Evict after the prompt; `scores` is (batch, length) per layer."""
         raise NotImplementedError
 
+    def must_stay(self, layer: LayerCache, seen: list[int]) -> Tensor:
+        """Mask (batch, heads or 1, length) of sinks, of the newest part of the budget, and of holes."""
+        counts = [allowance(row, self.budget, self.least) for row in seen]
+        return must_stay(layer, seen, self.num_sinks, recent_of(counts, self.recent_share, self.num_sinks))
+
     def chosen(self, layer: LayerCache, scores: Tensor, seen: list[int], counts: list[int]) -> Tensor:
         """Mask (batch, 1, length) of the entries that stay: sinks, newest, then the best scores."""
-        stays = must_stay(layer, seen, self.num_sinks, [self.num_recent] * len(seen))
-        scores = scores[:, None].masked_fill(stays, ALWAYS)
+        scores = scores[:, None].masked_fill(self.must_stay(layer, seen), ALWAYS)
         return best(scores.masked_fill(layer.positions < 0, -math.inf), counts)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from hasten.causal.kv.eviction import allowance
+from hasten.causal.kv.eviction import allowance, recent_of
 from hasten.causal.kv.running import Running, RunningScores, Size
 from hasten.technique import Card, Contract, Loss, Resource, Rival, Slot, knob, technique
 
@@ -57,7 +57,3 @@ class HeavyHitter(RunningScores):
         total = [allowance(row, self.budget, self.num_sinks + 1) for row in seen]
         return [Size(total, recent_of(total, self.recent_share, self.num_sinks))] * len(cache.layers)
 
-
-def recent_of(total: list[int], share: float, num_sinks: int) -> list[int]:
-    """How many of a layer's entries are the newest: at least one, and sinks have their places."""
-    return [max(1, min(int(count * share), count - num_sinks)) for count in total]

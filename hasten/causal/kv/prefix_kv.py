@@ -28,7 +28,6 @@ from hasten.causal.kv.eviction import (
     allowance,
     deletion_slot,
     kept_indices,
-    must_stay,
 )
 from hasten.technique import Card, Claim, Contract, Loss, Resource, Rival, Slot, knob, technique
 
@@ -79,8 +78,8 @@ class PrefixKV(RankedOnce):
     budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
     score: str = knob("mean", "attention per query that could see the entry, or the paper's plain sum", choices=("mean", "sum"))
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
-    num_recent: int = knob(1, "newest tokens of the prompt that always stay", low=1)
-    distance: int = knob(-25, "where decoding deletes, in entries from the end of the kept prompt", high=-1)
+    recent_share: float = knob(0.25, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
+    distance: int = knob(-25, "where decoding deletes: entries from the start, or (negative) from the prompt's end")
     allocation: str = knob("prefix", "sizes of the layers: by retained mass, or all the same", choices=("prefix", "uniform"))
 
     def shrink(self, run: Run, cache: KVCache, scores: list[Tensor], seen: list[int]) -> FixedSlots:
@@ -91,12 +90,14 @@ class PrefixKV(RankedOnce):
             sizes = [[count // layers + (index < count % layers) for count in total] for index in range(layers)]
         else:
             absent = cache.layers[0].positions[:, 0] < 0
-            stays = must_stay(cache.layers[0], seen, self.num_sinks, [self.num_recent] * len(seen))
+            stays = self.must_stay(cache.layers[0], seen)
             sizes = prefix_sizes(torch.stack(scores, dim=1), total, stays[:, 0] & ~absent, absent)
         for layer, score, counts in zip(cache.layers, scores, sizes, strict=True):
             if counts != seen:
                 layer.keep(kept_indices(self.chosen(layer, score, seen, counts)))
-        shares = [[count / row for count, row in zip(counts, seen, strict=True)] for counts in sizes]
+        # A layer's part of the budget, not count / row: what always stays can be far more than that.
+        share = self.budget * layers
+        shares = [[share * count / max(1, t) for count, t in zip(counts, total, strict=True)] for counts in sizes]
         slots = [[deletion_slot(count, self.distance, self.num_sinks) for count in counts] for counts in sizes]
         return FixedSlots(shares, slots)
 

@@ -14,6 +14,7 @@ from hasten.causal.kv.eviction import (
     best,
     kept_indices,
     must_stay,
+    recent_of,
     remove_range,
     rows_held,
     rows_seen,
@@ -22,7 +23,7 @@ from hasten.causal.slots import KV
 from hasten.technique import Card, Contract, Loss, Resource, Slot, knob, technique
 
 if TYPE_CHECKING:
-    from hasten.causal.cache import KVCache, LayerCache
+    from hasten.causal.cache import KVCache
     from hasten.causal.run import Run
 
 
@@ -48,7 +49,7 @@ class RandomEviction(KV):
 
     budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
-    num_recent: int = knob(1, "newest tokens that always stay", low=1)
+    recent_share: float = knob(0.0, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
     seed: int = knob(0, "seed of the choice", low=0)
 
     def begin(self, run: Run, bound: Any) -> torch.Generator:
@@ -60,22 +61,21 @@ class RandomEviction(KV):
         if self.budget == 1.0:
             return
         seen = rows_seen(run)
-        counts = [allowance(row, self.budget, self.num_sinks + self.num_recent) for row in seen]
+        counts = [allowance(row, self.budget, self.num_sinks + 1) for row in seen]
+        recent = recent_of(counts, self.recent_share, self.num_sinks)
         for layer in cache.layers:
-            over = [max(0, held - count) for held, count in zip(rows_held(layer), counts, strict=True)]
+            held = rows_held(layer)
+            over = [max(0, have - count) for have, count in zip(held, counts, strict=True)]
             if not any(over):
                 continue
             if len(seen) == 1 and over[0] == 1:
-                spread = layer.length - self.num_sinks - self.num_recent
+                spread = layer.length - self.num_sinks - recent[0]
                 place = self.num_sinks + int(torch.randint(spread, (1,), generator=state))
                 remove_range(cache, layer, [place], over)
             else:
-                self._evict(state, layer, seen, over)
+                luck = torch.rand((len(seen), 1, layer.length), generator=state).to(layer.keys.device)
+                luck = luck.masked_fill(must_stay(layer, seen, self.num_sinks, recent), ALWAYS)
+                luck = luck.masked_fill(layer.positions < 0, -math.inf)
+                stay = [have - gone for have, gone in zip(held, over, strict=True)]
+                layer.keep(kept_indices(best(luck, stay)))
             run.activity[f"{self.name}.evicted"] += sum(over)
-
-    def _evict(self, state: torch.Generator, layer: LayerCache, seen: list[int], over: list[int]) -> None:
-        held = rows_held(layer)
-        luck = torch.rand((len(seen), 1, layer.length), generator=state).to(layer.keys.device)
-        stays = must_stay(layer, seen, self.num_sinks, [self.num_recent] * len(seen))
-        luck = luck.masked_fill(stays, ALWAYS).masked_fill(layer.positions < 0, -math.inf)
-        layer.keep(kept_indices(best(luck, [h - o for h, o in zip(held, over, strict=True)])))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hasten.causal.fitting import fit, frozen
@@ -82,8 +82,8 @@ class Training:
         for attention, ours, theirs in zip(attentions(self.base), predicted, true, strict=True):
             assert ours.key is not None and theirs.key is not None
             assert ours.value is not None and theirs.value is not None
-            errors.append(F.l1_loss(normed(attention, ours.key).float(), normed(attention, theirs.key).float()))
-            errors.append(F.l1_loss(ours.value.float(), theirs.value.float()))
+            errors.append(functional.l1_loss(normed(attention, ours.key).float(), normed(attention, theirs.key).float()))
+            errors.append(functional.l1_loss(ours.value.float(), theirs.value.float()))
         return torch.stack(errors).mean()
 
     # -- the starting point ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _with_one(tensor: Tensor) -> Tensor:
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean cross-entropy (nats) of logits (batch, length, vocabulary) on the ids that follow."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def train(preparation: Preparation, share: float, **weights: float) -> Parts:

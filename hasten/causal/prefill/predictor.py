@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hasten.causal.cache import KVCache
@@ -46,7 +46,7 @@ def auxiliary(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]
     memo[id(decoder.layers)] = layers
     return copy.deepcopy(model, memo)
 
@@ -71,8 +71,8 @@ def mapped(read: Sequence[Projected], weights: Parts, layers: Sequence[int]) -> 
         assert key is not None and value is not None
         found.append(
             Projected(
-                F.linear(key, weights[f"key.{base}.weight"], weights[f"key.{base}.bias"]),
-                F.linear(value, weights[f"value.{base}.weight"], weights[f"value.{base}.bias"]),
+                functional.linear(key, weights[f"key.{base}.weight"], weights[f"key.{base}.bias"]),
+                functional.linear(value, weights[f"value.{base}.weight"], weights[f"value.{base}.bias"]),
             )
         )
     return found

@@ -32,7 +32,7 @@ class Projected:
     value: Tensor | None = None
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Everything that was asked for has been seen; the rest of the pass is not needed."""
 
 
@@ -83,7 +83,7 @@ def caught(model: PreTrainedModel, *, stop: bool = False) -> Iterator[list[Proje
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             setattr(layer, name, output)
             if stop and layer is found[-1] and layer.key is not None and layer.value is not None:
-                raise _Enough
+                raise _EnoughError
 
         return hook
 
@@ -93,7 +93,7 @@ def caught(model: PreTrainedModel, *, stop: bool = False) -> Iterator[list[Proje
         handles.append(attention.v_proj.register_forward_hook(catch(layer, "value")))
     try:
         yield found
-    except _Enough:
+    except _EnoughError:
         pass
     finally:
         for handle in handles:
@@ -142,7 +142,7 @@ def entries(model: PreTrainedModel, projected: Sequence[Projected], positions: T
     """
     layers = attentions(model)
     angles = _Angles(model, positions)
-    rotate = getattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb", None)
+    rotate: Any = getattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         raise SubjectError(_refusal(model))
     made = []
@@ -161,7 +161,7 @@ class _Angles:
 
     def __init__(self, model: PreTrainedModel, positions: Tensor) -> None:
         self.positions = positions
-        self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
+        self.rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
         if self.rotary is None:
             raise SubjectError(_refusal(model))
         # Families that mix global and sliding layers rotate both at different rates.

@@ -1,0 +1,67 @@
+"""How much likelihood of held-out code a plan loses on a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import hasten
+from hasten.subject import Subject, open_subject
+from hasten.zoo.corpus import shipped_held_out
+
+MODEL = "code-lm-small"
+PROMPT = 512
+CONTINUATION = 64
+ITEMS = 16
+
+
+@dataclass
+class Losses:
+    """Mean negative log-likelihood (items,) of the same continuations under several plans."""
+
+    of: dict[str, Tensor]
+
+    def surely_less(self, plan: str, rival: str) -> bool:
+        """Whether a plan loses less than its rival by more than two standard errors, item by item."""
+        return self.advantage(plan, rival) > 2.0
+
+    def advantage(self, plan: str, rival: str) -> float:
+        """Mean paired difference in standard errors."""
+        difference = self.of[rival] - self.of[plan]
+        return float(difference.mean() / (difference.std() / len(difference) ** 0.5))
+
+    def mean(self, plan: str) -> float:
+        """Over all items, in nats per token."""
+        return float(self.of[plan].mean())
+
+
+@cache
+def subject() -> Subject:
+    """The trained model, opened once."""
+    return open_subject(MODEL)
+
+
+@cache
+def items(prompt: int = PROMPT) -> Tensor:
+    """(items, prompt + CONTINUATION) ids from different places of held-out files."""
+    length = prompt + CONTINUATION
+    tokenizer = subject().tokenizer
+    assert tokenizer is not None
+    found = []
+    for file in sorted(shipped_held_out(), key=lambda file: file.path):
+        ids = torch.tensor(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"])
+        found += [ids[start : start + length] for start in range(0, len(ids) - length, 3 * length)]
+    places = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:ITEMS]
+    return torch.stack([found[place] for place in places.tolist()])
+
+
+def losses(*plans: str, prompt: int = PROMPT) -> Losses:
+    """Score all items under each plan, in one batch (rows do not depend on one another)."""
+    ids, found = items(prompt), {}
+    for plan in plans:
+        with hasten.apply(subject(), plan) as fast:
+            found[plan] = fast.score(ids[:, :prompt], ids[:, prompt:]).nll.double().mean(dim=1)
+    return Losses(found)

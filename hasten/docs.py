@@ -81,7 +81,9 @@ def _knobs(kind: type[Technique]) -> list[dict[str, Any]]:
 
 def _type_words(hint: Any) -> str:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join("none" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    return " or ".join(
+        "none" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options
+    )
 
 
 def knob_limits(knob: dict[str, Any]) -> str:
@@ -109,7 +111,9 @@ def stale(folder: Path = FOLDER) -> list[str]:
     """Names of pages in a folder that are missing, out of date or left over."""
     wanted = pages()
     found = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")}
-    return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return sorted(
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    )
 
 
 def write(folder: Path = FOLDER) -> list[str]:
@@ -168,7 +172,10 @@ def _page(kind: type[Technique], others: Sequence[type[Technique]]) -> str:
         parts += ["## Knobs", _table(["knob", "type", "default", "allowed", "consequence"], rows)]
     if data["claims"]:
         claims = [[_cell(c["what"]), f"{c['value']:g}", _cell(c["where"])] for c in data["claims"]]
-        parts += ["## What the paper claims", "Cited, not measured here; `hasten ledger` shows both side by side."]
+        parts += [
+            "## What the paper claims",
+            "Cited, not measured here; `hasten ledger` shows both side by side.",
+        ]
         parts.append(_table(["what", "value", "where"], claims))
     if data["rival"]:
         rival = data["rival"]
@@ -195,7 +202,10 @@ def _clashes(kind: type[Technique], others: Iterable[type[Technique]]) -> list[s
             by_slot.setdefault(shared[0].label, []).append(other.name)
         else:
             rest.append(words.partition(";")[0] + ".")
-    slots = [f"The slot `{label}` takes one technique: {', '.join(names)}." for label, names in by_slot.items()]
+    slots = [
+        f"The slot `{label}` takes one technique: {', '.join(names)}."
+        for label, names in by_slot.items()
+    ]
     return slots + rest
 
 
@@ -236,8 +246,12 @@ def results(subject: str = "code-lm") -> str:
     for plan, entry in sorted(newest.items()):
         row = entry.row
         quality = view.main_quality(row)
-        recovery = f"{quality.name} {view.recovery_words(quality.recovery)}" if quality else view.DASH
-        proof = {True: "proved", False: "proof failed"}.get(view.look(row, "proof", "passed"), "not proved")
+        recovery = (
+            f"{quality.name} {view.recovery_words(quality.recovery)}" if quality else view.DASH
+        )
+        proof = {True: "proved", False: "proof failed"}.get(
+            view.look(row, "proof", "passed"), "not proved"
+        )
         rows.append(
             [
                 f"`{plan}`",
@@ -290,7 +304,9 @@ def fill(file: Path, table: str) -> bool:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise HastenError(f"{file} has no results block; put {BEGIN} and {END} where the table belongs")
+        raise HastenError(
+            f"{file} has no results block; put {BEGIN} and {END} where the table belongs"
+        )
     new = f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
     if new != text:
         atomic_write(file, new)
@@ -299,10 +315,16 @@ def fill(file: Path, table: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The generator's own small command line."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.docs", description="Write generated documentation.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hasten.docs", description="Write generated documentation."
+    )
     parser.add_argument("what", choices=("cards", "results"))
-    parser.add_argument("where", nargs="?", type=Path, help="folder of the cards, or the file with the table")
-    parser.add_argument("--check", action="store_true", help="write no card; exit 1 where one is out of date")
+    parser.add_argument(
+        "where", nargs="?", type=Path, help="folder of the cards, or the file with the table"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write no card; exit 1 where one is out of date"
+    )
     parser.add_argument("--subject", default="code-lm", help="model of the results table")
     given = parser.parse_args(arguments)
     try:

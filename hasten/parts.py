@@ -63,9 +63,13 @@ def load(path: Path, technique: Technique, belongs_to: str) -> Parts:
         raise HastenError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
-def _check_belonging(path: Path, metadata: dict[str, str], technique: Technique, belongs_to: str) -> None:
+def _check_belonging(
+    path: Path, metadata: dict[str, str], technique: Technique, belongs_to: str
+) -> None:
     if metadata.get("technique") != technique.name:
-        raise PlanError(f"{path} holds parts of {metadata.get('technique')!r}, not of {technique.name!r}.")
+        raise PlanError(
+            f"{path} holds parts of {metadata.get('technique')!r}, not of {technique.name!r}."
+        )
     if metadata.get("model") != belongs_to:
         raise PlanError(
             f"{path} was trained for another model ({metadata.get('model')}, this one is {belongs_to}); "

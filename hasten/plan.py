@@ -88,7 +88,9 @@ class Plan:
             raise PlanError(f"The plan is not valid TOML: {error}.") from error
         tables = data.pop("technique", None)
         if data or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
-            raise PlanError("A plan file holds [[technique]] tables only, each with a name and knobs.")
+            raise PlanError(
+                "A plan file holds [[technique]] tables only, each with a name and knobs."
+            )
         entries = []
         for table in tables:
             knobs = dict(table)
@@ -131,7 +133,9 @@ class Plan:
                 raise PlanError(clash)
         engines = {slot.engine for technique in self for slot in technique.contract.slots}
         if len(engines) > 1:
-            raise PlanError(f"A plan runs on one engine; this one names {', '.join(sorted(engines))}.")
+            raise PlanError(
+                f"A plan runs on one engine; this one names {', '.join(sorted(engines))}."
+            )
 
 
 def conflict(first: Technique, second: Technique) -> str | None:

@@ -114,7 +114,9 @@ def open_subject(
         return Subject(_checked(what), type(what).__name__, tokenizer=tokenizer)
     name = os.fspath(what)
     if not name.strip():
-        raise SubjectError("The model's name is empty; give a zoo name, a checkpoint folder or a hub id.")
+        raise SubjectError(
+            "The model's name is empty; give a zoo name, a checkpoint folder or a hub id."
+        )
     if zoo.is_zoo_name(name):
         source, shown = str(zoo.path(name)), name
     else:
@@ -122,7 +124,10 @@ def open_subject(
         _check_folder(name)
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = torch.float32
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": _is_folder(source)}
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": _is_folder(source),
+    }
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _check_config(config, shown)
@@ -153,28 +158,38 @@ def _check_folder(name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or path.exists()
     if not looks_local:
         if name.count("/") > 1 or any(c.isspace() for c in name):
-            raise SubjectError(f"{name!r} is no zoo model, no folder and no hub id (owner/name). {_known()}")
+            raise SubjectError(
+                f"{name!r} is no zoo model, no folder and no hub id (owner/name). {_known()}"
+            )
         return
     if not path.exists():
         raise SubjectError(f"There is no folder {name}. {_known()}")
     if not path.is_dir():
-        raise SubjectError(f"{name} is a file; give the checkpoint's folder (with its config.json).")
+        raise SubjectError(
+            f"{name} is a file; give the checkpoint's folder (with its config.json)."
+        )
     config = path / "config.json"
     if not config.is_file():
-        raise SubjectError(f"{name} holds no config.json, so it is no checkpoint folder. {_known()}")
+        raise SubjectError(
+            f"{name} holds no config.json, so it is no checkpoint folder. {_known()}"
+        )
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SubjectError(f"{config} is not valid JSON: {error}.") from error
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise SubjectError(f"{name} holds no .safetensors file; hasten loads no other kind of weights.")
+        raise SubjectError(
+            f"{name} holds no .safetensors file; hasten loads no other kind of weights."
+        )
     for file in weights:
         try:
             with safe_open(str(file), framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise SubjectError(f"{file} is damaged or cut short ({error}); copy it again.") from error
+            raise SubjectError(
+                f"{file} is damaged or cut short ({error}); copy it again."
+            ) from error
 
 
 def _known() -> str:
@@ -204,7 +219,11 @@ def _check_weights(loading: dict[str, Any], name: str) -> None:
 
 
 def _unopened(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    reason = (
+        str(error).strip().splitlines()[0].rstrip(".")
+        if str(error).strip()
+        else type(error).__name__
+    )
     if not _is_folder(name):
         return f"Cannot open {name!r}: it is no zoo model or folder, and as a hub id: {reason}. {_known()}"
     return f"Cannot open {name}: {reason}"
@@ -216,7 +235,9 @@ def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase 
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # a damaged file raises whatever its parser does
         if (Path(source) / "tokenizer.json").is_file():
-            raise SubjectError(f"{source}/tokenizer.json cannot be read ({error}); copy it again.") from error
+            raise SubjectError(
+                f"{source}/tokenizer.json cannot be read ({error}); copy it again."
+            ) from error
         return None
     # Some families make an empty tokenizer where there are no files.
     return tokenizer if tokenizer.vocab_size else None
@@ -232,7 +253,9 @@ def _checked(model: nn.Module) -> PreTrainedModel:
     config = model.config.get_text_config(decoder=True)
     stateful = getattr(model, "_is_stateful", False)
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    uses_registry = getattr(model, "_supports_attention_backend", False) or _looks_up_attention(model)
+    uses_registry = getattr(model, "_supports_attention_backend", False) or _looks_up_attention(
+        model
+    )
     if encoder_decoder or stateful or not uses_registry or _has_other_layers(config):
         raise SubjectError(
             f"{type(model).__name__} ({config.model_type}) is a model family that the causal engine cannot run: it "

@@ -200,7 +200,9 @@ def _checked(name: str, knob_name: str, value: Any, hint: Any) -> Any:
             continue
         if isinstance(option, type) and isinstance(value, option):
             return value
-    wanted = " or ".join("none" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    wanted = " or ".join(
+        "none" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options
+    )
     raise PlanError(
         f"{name}: {knob_name}={value!r} is a {type(value).__name__}; it must be {wanted}. "
         f"See `hasten show {name}`."
@@ -218,7 +220,9 @@ def _check_limits(name: str, knob_name: str, value: Any, limits: Knob) -> None:
     if below or above or (isinstance(value, float) and math.isnan(value)):
         low = "-inf" if limits.low is None else f"{limits.low:g}"
         high = "inf" if limits.high is None else f"{limits.high:g}"
-        raise PlanError(f"{name}: {knob_name}={value!r} is out of range; allowed is {low} to {high}.")
+        raise PlanError(
+            f"{name}: {knob_name}={value!r} is out of range; allowed is {low} to {high}."
+        )
 
 
 # ---------------------------------------------------------------------------------------- registry

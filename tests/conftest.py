@@ -25,7 +25,9 @@ transformers.logging.disable_progress_bar()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare our marker; a warning that comes from hasten itself fails the test."""
-    config.addinivalue_line("markers", "zoo: needs the trained zoo models and takes more than a second")
+    config.addinivalue_line(
+        "markers", "zoo: needs the trained zoo models and takes more than a second"
+    )
     config.addinivalue_line("filterwarnings", r"error:::hasten(\..*)?")
 
 

@@ -35,7 +35,14 @@ class Lab:
         self._alphabets: dict[str, str] = {}
         self._outputs: dict[tuple[str, str, str], Tensor] = {}
 
-    def add(self, name: str, family: str = "llama", *, alphabet: str = models.CHARACTERS, **overrides: Any) -> str:
+    def add(
+        self,
+        name: str,
+        family: str = "llama",
+        *,
+        alphabet: str = models.CHARACTERS,
+        **overrides: Any,
+    ) -> str:
         """Make a model known under a name (once)."""
         if name not in self._models:
             self._models[name] = models.tiny_model(family, **overrides)
@@ -81,7 +88,9 @@ class Lab:
         for technique in techniques:
             parts |= self.parts(name, technique)
         tokenizer = models.tiny_tokenizer(self._alphabets[name])
-        return hasten.apply(self._models[name], *techniques, parts=parts, tokenizer=tokenizer, **options)
+        return hasten.apply(
+            self._models[name], *techniques, parts=parts, tokenizer=tokenizer, **options
+        )
 
     def plain(self, name: str, inputs: dict[str, Tensor], **arguments: Any) -> Tensor:
         """Output of the empty plan."""

@@ -103,7 +103,9 @@ def save_checkpoint(folder: Path, family: str = "llama", **arguments: Any) -> Pa
     return folder
 
 
-def prompt(batch: int = 1, length: int = 16, *, seed: int = 0, vocabulary: int = VOCABULARY) -> Tensor:
+def prompt(
+    batch: int = 1, length: int = 16, *, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Tensor:
     """Random ids (batch, length) without the end-of-text id."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocabulary, (batch, length), generator=generator)

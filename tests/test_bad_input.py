@@ -46,7 +46,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in others.items():
         model.save_pretrained(root / name)
         models.tiny_tokenizer().save_pretrained(root / name)
-    names = ("cut", "header", "config", "list", "shape", "missing", "tokenizer", "no_tokenizer", "pickled")
+    names = (
+        "cut",
+        "header",
+        "config",
+        "list",
+        "shape",
+        "missing",
+        "tokenizer",
+        "no_tokenizer",
+        "pickled",
+    )
     folders = {name: Path(shutil.copytree(good, root / name)) for name in names}
     weights = (good / "model.safetensors").read_bytes()
     (folders["cut"] / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -104,14 +114,20 @@ PLANS = [
     ("prefix_vk", ["Unknown technique", "prefix_kv"]),
     ("xyzzy_qqq", ["Unknown technique", "hasten list"]),
     ("prompt_lookup(num_drafts=3)", ["no knob 'num_drafts'", "num_draft"]),
-    ("prompt_lookup(num_draft='three')", ["num_draft='three'", "must be int", "hasten show prompt_lookup"]),
+    (
+        "prompt_lookup(num_draft='three')",
+        ["num_draft='three'", "must be int", "hasten show prompt_lookup"],
+    ),
     ("prompt_lookup(num_draft=2.5)", ["num_draft=2.5", "must be int"]),
     ("prompt_lookup(num_draft=True)", ["num_draft=True", "must be int"]),
     ("prompt_lookup(num_draft=0)", ["num_draft=0", "out of range", "1 to 64"]),
     ("random_eviction(budget=1.5)", ["budget=1.5", "out of range"]),
     ("random_eviction(budget=nan)", ["budget"]),
     ("medusa(tree=oak)", ["tree='oak'", "'tuned'", "'chain'"]),
-    ("prompt_lookup, medusa", ["prompt_lookup", "medusa", "slot 'drafter'", "leave one of them out"]),
+    (
+        "prompt_lookup, medusa",
+        ["prompt_lookup", "medusa", "slot 'drafter'", "leave one of them out"],
+    ),
     ("sinks_recent, random_eviction", ["sinks_recent", "random_eviction", "slot 'kv'"]),
     ("prompt_lookup, prompt_lookup", ["twice"]),
     ("prompt_lookup(", ["Cannot read the plan", "name(knob=value"]),
@@ -170,7 +186,9 @@ def test_plan_that_its_runner_cannot_carry(home: Path, checkpoints: Path) -> Non
 def test_parts_of_another_model_are_refused(home: Path, checkpoints: Path) -> None:
     """A saved plan loads onto the model that it was trained for and onto no other."""
     text = "\n".join(models.texts(40))
-    parts = hasten.prepare(open_subject(checkpoints / "good"), "medusa", texts=[text], steps=1, write=False)
+    parts = hasten.prepare(
+        open_subject(checkpoints / "good"), "medusa", texts=[text], steps=1, write=False
+    )
     with hasten.apply(checkpoints / "good", "medusa", parts=parts) as fast:
         hasten.save(fast, home / "saved")
     hasten.load(home / "saved", checkpoints / "good").undo()
@@ -231,9 +249,17 @@ def test_model_that_is_nowhere(home: Path, name: str) -> None:
 
 def test_live_models_that_no_engine_runs() -> None:
     bert = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
-    for model in (torch.nn.Linear(2, 2), transformers.BertModel(bert), transformers.BertLMHeadModel(bert)):
+    for model in (
+        torch.nn.Linear(2, 2),
+        transformers.BertModel(bert),
+        transformers.BertLMHeadModel(bert),
+    ):
         with pytest.raises(SubjectError, match=r"no engine|no model"):
             hasten.apply(model)
 
@@ -288,7 +314,9 @@ def test_bad_bench(home: Path, checkpoints: Path, arguments: list[str], words: s
     Path("bad.jsonl").write_text('"fine"\n{\n')
     Path("empty.txt").write_text("\n\n")
     Path("numbers.json").write_text("[1, 2]")
-    assert words in refused(home, "bench", str(checkpoints / "good"), "--with", "prompt_lookup", *arguments)
+    assert words in refused(
+        home, "bench", str(checkpoints / "good"), "--with", "prompt_lookup", *arguments
+    )
 
 
 OTHERS = [
@@ -347,7 +375,9 @@ def test_ledger_that_is_no_ledger(home: Path) -> None:
         ({"seed": -1, "do_sample": True}, "seed"),
     ],
 )
-def test_python_calls_say_the_same(checkpoints: Path, arguments: dict[str, object], problem: str) -> None:
+def test_python_calls_say_the_same(
+    checkpoints: Path, arguments: dict[str, object], problem: str
+) -> None:
     with (
         hasten.apply(checkpoints / "good") as fast,
         pytest.raises(HastenError, match=problem),

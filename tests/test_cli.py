@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*arguments: str | Path, code: int = 0, stdin: str | None = None) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-    if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
+    if (
+        result.exit_code != code
+        and result.exception
+        and not isinstance(result.exception, SystemExit)
+    ):
         raise result.exception
     assert result.exit_code == code, result.output
     return result
@@ -87,13 +90,19 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         "assert CliRunner().invoke(app, ['bench', '--help']).exit_code == 0\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_module_and_version() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hasten", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "hasten", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == f"hasten {__version__}\n"
 
@@ -125,7 +134,9 @@ def test_list_json_narrows() -> None:
     assert "No technique matches" in run("list", "zzz*").stdout
 
 
-def test_a_broken_third_party_technique_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_third_party_technique_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     modules = {**technique._modules(), "zz_broken": "no.such.module"}
     monkeypatch.setattr(technique, "_modules", lambda: modules)
     result = run("list")
@@ -201,8 +212,12 @@ def test_ledger_shows_claims_beside_measurements(tmp_path: Path) -> None:
     assert entries[0]["row"]["ratio"]["median"] == 1.25 and entries[0]["stale"] == []
     assert entries[1]["claims"]["medusa"][0]["what"] == "speed-up"
     assert [e["plan"] for e in run_json("ledger", "--technique", "medusa")["entries"]] == ["medusa"]
-    assert [e["plan"] for e in run_json("ledger", "--subject", "a-model")["entries"]] == ["prompt_lookup"]
-    assert run_json("ledger", "--technique", "prompt_lookup", "--subject", "b-model")["entries"] == []
+    assert [e["plan"] for e in run_json("ledger", "--subject", "a-model")["entries"]] == [
+        "prompt_lookup"
+    ]
+    assert (
+        run_json("ledger", "--technique", "prompt_lookup", "--subject", "b-model")["entries"] == []
+    )
     assert "1.25x" in run("ledger").stdout
 
 
@@ -239,10 +254,23 @@ def test_generate_runs_a_plan_and_a_plan_file(tiny_checkpoint: Path) -> None:
 
 
 def test_generate_samples_by_seed(tiny_checkpoint: Path) -> None:
-    start = ("generate", tiny_checkpoint, "--prompt", "x", "--max-new-tokens", "16", "--temperature", "1.5")
+    start = (
+        "generate",
+        tiny_checkpoint,
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "16",
+        "--temperature",
+        "1.5",
+    )
     first = run_json(*start, "--seed", "1", "--top-k", "50", "--top-p", "0.99")
-    assert run_json(*start, "--seed", "1", "--top-k", "50", "--top-p", "0.99")["ids"] == first["ids"]
-    assert run_json(*start, "--seed", "2", "--top-k", "50", "--top-p", "0.99")["ids"] != first["ids"]
+    assert (
+        run_json(*start, "--seed", "1", "--top-k", "50", "--top-p", "0.99")["ids"] == first["ids"]
+    )
+    assert (
+        run_json(*start, "--seed", "2", "--top-k", "50", "--top-p", "0.99")["ids"] != first["ids"]
+    )
 
 
 def test_generate_reads_standard_input_and_stops(tiny_checkpoint: Path) -> None:
@@ -260,13 +288,29 @@ def test_generate_reads_standard_input_and_stops(tiny_checkpoint: Path) -> None:
 def test_prepare_saves_parts_where_generate_finds_them(tiny_checkpoint: Path, home: Path) -> None:
     Path("a.py").write_text("\n".join(models.texts()))
     Path("b.py").write_text("\n".join(models.texts(seed=1)))
-    arguments = ("prepare", tiny_checkpoint, "--with", "medusa(num_heads=1)", "--text", "*.py", "--steps", "2")
+    arguments = (
+        "prepare",
+        tiny_checkpoint,
+        "--with",
+        "medusa(num_heads=1)",
+        "--text",
+        "*.py",
+        "--steps",
+        "2",
+    )
     data = run_json(*arguments)
     (made,) = data["prepared"]
     assert made["technique"] == "medusa" and made["parameters"] > 0
     assert Path(made["path"]).is_file() and home in Path(made["path"]).parents
     found = run_json(
-        "generate", tiny_checkpoint, "--with", "medusa(num_heads=1)", "--prompt", "def", "--max-new-tokens", "8"
+        "generate",
+        tiny_checkpoint,
+        "--with",
+        "medusa(num_heads=1)",
+        "--prompt",
+        "def",
+        "--max-new-tokens",
+        "8",
     )
     assert found["activity"]["medusa.drafted"] > 0
     assert "trained values" in run(*arguments).stdout
@@ -289,7 +333,15 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
     options = "--runner eager --prompt zero --prompts p.jsonl --max-new-tokens 7 --rounds 6 --pairs --no-quality"
     more = "--no-prepare --no-record --seed 3 --threads 1"
     result = run(
-        "bench", "m", "--with", "medusa, d2o", "--with", "x", *options.split(), *more.split(), "--json"
+        "bench",
+        "m",
+        "--with",
+        "medusa, d2o",
+        "--with",
+        "x",
+        *options.split(),
+        *more.split(),
+        "--json",
     )
     assert json.loads(result.stdout) == {"rows": []} and "a library" in result.stderr
     tick, command = seen.pop("tick"), seen.pop("command")
@@ -302,7 +354,14 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
 
 
 def test_bench_prints_table_and_json_and_writes_report_and_ledger(tiny_checkpoint: Path) -> None:
-    arguments = ("bench", tiny_checkpoint, "--with", "prompt_lookup(min_ngram=1)", "--runner", "eager")
+    arguments = (
+        "bench",
+        tiny_checkpoint,
+        "--with",
+        "prompt_lookup(min_ngram=1)",
+        "--runner",
+        "eager",
+    )
     short = ("--no-quality", "--max-new-tokens", "6", "--prompt", "abcabcabcabc", "--threads", "1")
     shown = run(*arguments, *short, "--report", "out/report.html").stdout
     assert "prompt_lookup" in shown and "baseline" in shown
@@ -311,7 +370,15 @@ def test_bench_prints_table_and_json_and_writes_report_and_ledger(tiny_checkpoin
     assert {"machine", "subject", "baseline", "rows", "pairs"} <= data.keys()
     (row,) = data["rows"]
     assert row["plan"] == "prompt_lookup(min_ngram=1)" and row["proof"]["passed"] is True
-    assert {"ratio", "ceiling", "reached", "activity", "loss_class", "verdict", "peak_bytes"} <= row.keys()
+    assert {
+        "ratio",
+        "ceiling",
+        "reached",
+        "activity",
+        "loss_class",
+        "verdict",
+        "peak_bytes",
+    } <= row.keys()
     assert len(run_json("ledger")["entries"]) == 2
 
 
@@ -320,7 +387,16 @@ def test_train_writes_a_model_that_opens(monkeypatch: pytest.MonkeyPatch) -> Non
     little = corpus.Corpus(whole.train[:12], whole.held_out[:1])
     monkeypatch.setattr(recipes, "default_corpus", lambda: little)
     monkeypatch.setattr(recipes, "_shipped_tokenizer", lambda: None)
-    arguments = ("train", "code-lm-tiny", "--output", "mine", "--max-tokens", "8192", "--threads", "1")
+    arguments = (
+        "train",
+        "code-lm-tiny",
+        "--output",
+        "mine",
+        "--max-tokens",
+        "8192",
+        "--threads",
+        "1",
+    )
     data = run_json(*arguments)
     assert data["path"] == "mine" and data["card"]["quality"]["bits_per_byte"] > 0
     assert run_json("generate", "mine", "--prompt", "import ", "--max-new-tokens", "4")["ids"]
@@ -337,7 +413,6 @@ def test_progress_shows_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyP
     with shared.progress() as tick:
         for done in range(1, 4):
             tick(done, 3, "first [part]")
-        time.sleep(0.3)  # bars are drawn ten times a second
         tick(0, 2, "second part")
         tick(1, 2, "second part")
     drawn = screen.getvalue()
@@ -346,7 +421,9 @@ def test_progress_shows_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyP
     screen.truncate(0)
     with shared.progress(quiet=True) as tick:
         tick(1, 2, "nothing to see")
-    monkeypatch.setattr(shared, "Console", lambda **options: Console(file=screen, force_terminal=False))
+    monkeypatch.setattr(
+        shared, "Console", lambda **options: Console(file=screen, force_terminal=False)
+    )
     with shared.progress() as tick:
         tick(1, 2, "nothing to see")
     assert "nothing" not in screen.getvalue()
@@ -367,9 +444,20 @@ def test_interrupted_prepare_leaves_nothing(
     Path("a.py").write_text("\n".join(models.texts(40)))
     interrupt_soon.start()
     result = run(
-        "prepare", tiny_checkpoint, "--with", "medusa", "--text", "a.py", "--steps", "100000", code=130
+        "prepare",
+        tiny_checkpoint,
+        "--with",
+        "medusa",
+        "--text",
+        "a.py",
+        "--steps",
+        "100000",
+        code=130,
     )
-    assert result.stderr.splitlines()[-1].startswith("interrupted") and "Traceback" not in result.output
+    assert (
+        result.stderr.splitlines()[-1].startswith("interrupted")
+        and "Traceback" not in result.output
+    )
     assert not list(home.rglob("*.safetensors")) and not list(home.rglob(".hasten-*"))
     assert [file.name for file in Path().iterdir()] == ["a.py"]
 
@@ -378,7 +466,12 @@ def test_interrupted_process_exits_with_130() -> None:
     """It waits for its prompt on standard input, before anything heavy is imported."""
     command = [sys.executable, "-m", "hasten", "generate", "code-lm", "--prompt", "-"]
     waiting = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with waiting:
         for _ in range(20):  # a signal during start-up would only test Python

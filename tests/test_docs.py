@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from hasten.errors import HastenError
 from hasten.measure.ledger import Entry, Ledger
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/write-a-technique.md")
+GUIDE = "docs/write-a-technique.md"
+DOCUMENTS = ("README.md", "docs/architecture.md", GUIDE)
+TIMEOUT = 1800  # seconds a block, on a busy machine
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<tag>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- (?P<tag>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -43,11 +47,16 @@ class Block:
     def file(self) -> str | None:
         return self.tag.removeprefix("file: ") if self.tag.startswith("file: ") else None
 
+    @property
+    def is_run(self) -> bool:
+        return self.file is None and self.language in ("bash", "python")
+
 
 def blocks(document: str) -> list[Block]:
     text = (ROOT / document).read_text(encoding="utf-8")
     return [
-        Block(document, i, m["language"], m["tag"] or "", m["text"]) for i, m in enumerate(BLOCK.finditer(text))
+        Block(document, i, m["language"], m["tag"] or "", m["text"])
+        for i, m in enumerate(BLOCK.finditer(text))
     ]
 
 
@@ -57,9 +66,13 @@ EVERY = [block for document in DOCUMENTS for block in blocks(document)]
 def parameters() -> list[Any]:
     marks = {True: [pytest.mark.zoo, pytest.mark.slow], False: [pytest.mark.zoo]}
     return [
-        pytest.param(block, id=f"{Path(block.document).stem}-{block.number}", marks=marks[block.tag == "slow"])
+        pytest.param(
+            block,
+            id=f"{Path(block.document).stem}-{block.number}",
+            marks=marks[block.tag == "slow"],
+        )
         for block in EVERY
-        if block.file is None and block.language in ("bash", "python")
+        if block.is_run
     ]
 
 
@@ -71,12 +84,17 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.done: set[Block] = set()
         self.site = folder / "site"
         programs = folder / "bin"
         programs.mkdir()
         python = shlex.quote(sys.executable)
         pip = f'{python} -m pip --quiet "$@" --no-build-isolation --no-deps --target {shlex.quote(str(self.site))}'
-        for name, line in (("hasten", f'{python} -m hasten "$@"'), ("python", f'{python} "$@"'), ("pip", pip)):
+        for name, line in (
+            ("hasten", f'{python} -m hasten "$@"'),
+            ("python", f'{python} "$@"'),
+            ("pip", pip),
+        ):
             (programs / name).write_text(f"#!/bin/sh\nexec {line}\n")
             (programs / name).chmod(0o755)
         self.environment = {
@@ -99,11 +117,34 @@ class Desk:
         return place
 
     def run(self, command: list[str], place: Path) -> str:
-        done = subprocess.run(
-            command, cwd=place, env=self.environment, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        return done.stdout
+        """Standard output of a command that must succeed; it leaves no process behind."""
+        with subprocess.Popen(
+            command,
+            cwd=place,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as running:
+            try:
+                out, err = running.communicate(timeout=TIMEOUT)
+            except BaseException:
+                os.killpg(running.pid, signal.SIGKILL)
+                raise
+        assert running.returncode == 0, f"{out}\n{err}"
+        return out
+
+    def run_block(self, block: Block) -> None:
+        """Run a block after the quick ones before it, each of which runs once."""
+        if block in self.done:
+            return
+        for earlier in blocks(block.document)[: block.number]:
+            if earlier.is_run and earlier.tag != "slow":
+                self.run_block(earlier)
+        program = ["bash", "-euo", "pipefail"] if block.language == "bash" else [sys.executable]
+        self.run([*program, "-c", block.text], self.place(block.document))
+        self.done.add(block)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +154,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 @pytest.mark.parametrize("block", parameters())
 def test_block_runs_as_written(desk: Desk, block: Block) -> None:
-    if "pip install" in block.text:
+    if block.document == GUIDE:
         pytest.importorskip("setuptools", reason="the example package is built without a network")
-    place = desk.place(block.document)
-    if block.language == "bash":
-        desk.run(["bash", "-euo", "pipefail", "-c", block.text], place)
-    else:
-        desk.run([sys.executable, "-c", block.text], place)
+    desk.run_block(block)
 
 
 @pytest.mark.zoo
@@ -127,9 +164,9 @@ def test_block_runs_as_written(desk: Desk, block: Block) -> None:
 def test_the_laws_hold_for_the_example(desk: Desk) -> None:
     """What the guide promises: an installed technique is under the shared suite."""
     pytest.importorskip("setuptools", reason="the example package is built without a network")
-    document = "docs/write-a-technique.md"
-    if not desk.site.exists():
-        desk.run(["bash", "-c", "pip install ."], desk.place(document))
+    for block in blocks(GUIDE):
+        if "pip install" in block.text and block.is_run:
+            desk.run_block(block)
     suite = [sys.executable, "-m", "pytest", "tests/test_laws.py", "-q", "-k", "keep_every_nth"]
     summary = desk.run([*suite, "-p", "no:cacheprovider"], ROOT).splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
@@ -145,14 +182,20 @@ def test_every_block_is_run_or_named() -> None:
         if block.language == "toml":
             assert block.file, block
         if block.language == "":
-            assert all(line.startswith(("make ", ".venv/bin/pip ")) for line in block.text.splitlines()), block
+            assert all(
+                line.startswith(("make ", ".venv/bin/pip ")) for line in block.text.splitlines()
+            ), block
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     texts = [(ROOT / name).read_text() for name in (*DOCUMENTS, ".ci/run", "Makefile")]
-    named = {name for text in texts for name in re.findall(r"(?:^|[`#] *)make ([a-z]+)", text, re.MULTILINE)}
+    named = {
+        name
+        for text in texts
+        for name in re.findall(r"(?:^|[`#] *)make ([a-z]+)", text, re.MULTILINE)
+    }
     assert {"demo", "test", "lint", "types"} <= named <= targets
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
@@ -198,7 +241,9 @@ def test_a_card_page_says_what_the_technique_declares() -> None:
     pages = docs.pages()
     for name in technique.BUILT_IN:
         kind, page = technique.get(name), pages[f"{name}.md"]
-        assert page.startswith(f"# {name}\n") and kind.card.title in page and kind.card.notes in page
+        assert (
+            page.startswith(f"# {name}\n") and kind.card.title in page and kind.card.notes in page
+        )
         for knob in kind.__dataclass_fields__:  # type: ignore[attr-defined]
             if knob not in ("card", "contract", "name", "part_knobs"):
                 assert f"| `{knob}` |" in page
@@ -212,9 +257,13 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
         docs.results("a-model")
     row = {"plan": "medusa", "ratio": {"median": 1.5, "low": 1.4, "high": 1.6}, "ceiling": 2.5}
     row |= {"loss_class": "exact", "proof": {"passed": True}, "verdict": "faster"}
-    old = Entry("medusa", ("medusa",), "a-model", "0", "hasten bench", 1, 0, row | {"verdict": "no gain"})
+    old = Entry(
+        "medusa", ("medusa",), "a-model", "0", "hasten bench", 1, 0, row | {"verdict": "no gain"}
+    )
     new = Entry("medusa", ("medusa",), "a-model", "0", "hasten bench", 1, 0, row)
-    stale = Entry("d2o", ("d2o",), "a-model", "0", "hasten bench", 1, 0, row, versions={"torch": "0"})
+    stale = Entry(
+        "d2o", ("d2o",), "a-model", "0", "hasten bench", 1, 0, row, versions={"torch": "0"}
+    )
     Ledger().record_all([old, new, stale])
     file = tmp_path / "README.md"
     file.write_text(f"before\n\n{docs.BEGIN}\nold\n{docs.END}\n\nafter\n")

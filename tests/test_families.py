@@ -75,7 +75,9 @@ def test_the_empty_plan_gives_the_ids_of_generate(opened: Any, family: str, call
     wanted = theirs.generate(**inputs, **arguments)
     torch.manual_seed(5)
     assert torch.equal(ours.generate(**inputs, **arguments), wanted)
-    assert torch.equal(ours.generate(**inputs, **arguments, seed=5), wanted)  # without the global seed
+    assert torch.equal(
+        ours.generate(**inputs, **arguments, seed=5), wanted
+    )  # without the global seed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -51,7 +51,9 @@ def having(**wanted: Any) -> list[str]:
     for slug in BUILT:
         card = registry.get(slug).card
         if all(
-            bool(getattr(card, key)) == value if isinstance(value, bool) else getattr(card, key) in value
+            bool(getattr(card, key)) == value
+            if isinstance(value, bool)
+            else getattr(card, key) in value
             for key, value in wanted.items()
         ):
             found.append(slug)
@@ -240,7 +242,13 @@ def test_a_runner_that_cannot_carry_it_is_refused(lab: Lab, slug: str) -> None:
 def test_exact_is_exact(lab: Lab, slug: str, name: str) -> None:
     calls = [
         (one(length, length), {"max_new_tokens": 32, **GREEDY, **more})
-        for length, more in ((48, {}), (31, {}), (17, {"repetition_penalty": 1.3}), (5, {}), (1, {}))
+        for length, more in (
+            (48, {}),
+            (31, {}),
+            (17, {"repetition_penalty": 1.3}),
+            (5, {}),
+            (1, {}),
+        )
     ]
     wanted = [lab.plain(name, inputs, **arguments) for inputs, arguments in calls]
     with lab.apply(name, lab.technique(name, slug)) as fast:
@@ -327,11 +335,15 @@ def test_bf16(lab: Lab, slug: str) -> None:
         return
     with lab.apply("bf16") as plain:
         wanted = plain.generate(**inputs, **arguments)
-        score = plain.score(inputs["input_ids"], wanted[:, 48:], inputs["attention_mask"], logits=True)
+        score = plain.score(
+            inputs["input_ids"], wanted[:, 48:], inputs["attention_mask"], logits=True
+        )
     assert score.logits is not None
     for row, (found, right) in enumerate(zip(ids[:, 48:], wanted[:, 48:], strict=True)):
         differ = (found != right).nonzero()
-        if len(differ):  # a tie closer than bfloat16 can tell, which a wider pass may round otherwise
+        if len(
+            differ
+        ):  # a tie closer than bfloat16 can tell, which a wider pass may round otherwise
             at = int(differ[0])
             logits = score.logits[row, at]
             gap = logits.max() - logits[found[at]]
@@ -457,4 +469,6 @@ def test_conflicts_follow_from_contracts_alone() -> None:
         return type(name, (kind,), {"name": name})()
 
     for pair in PAIRS:
-        assert (conflict(renamed(pair[0], "one"), renamed(pair[1], "two")) is None) == are_legal(pair)
+        assert (conflict(renamed(pair[0], "one"), renamed(pair[1], "two")) is None) == are_legal(
+            pair
+        )

@@ -55,26 +55,36 @@ def tree_drafter() -> Any:
     _REGISTERED.pop("tree_of_the_answer")
 
 
-def answer_of(model: PreTrainedModel, inputs: dict[str, Tensor], new: int, **arguments: Any) -> Tensor:
+def answer_of(
+    model: PreTrainedModel, inputs: dict[str, Tensor], new: int, **arguments: Any
+) -> Tensor:
     """transformers' own output."""
     return model.generate(**inputs, max_new_tokens=new, **arguments)
 
 
 @pytest.mark.parametrize("runner", ["eager", "compiled"])
-def test_a_tree_gives_the_same_ids_in_fewer_passes(tiny_llama: Tiny, tree_drafter: str, runner: str) -> None:
+def test_a_tree_gives_the_same_ids_in_fewer_passes(
+    tiny_llama: Tiny, tree_drafter: str, runner: str
+) -> None:
     model = tiny_llama()
     inputs = models.padded([models.prompt(length=20)[0], models.prompt(length=13, seed=1)[0]])
     wanted = answer_of(model, inputs, 24)
     padded = torch.cat((wanted, wanted.new_ones((2, 8))), dim=1)
-    with hasten.apply(model, tree_drafter, parts={tree_drafter: {"answer": padded}}, runner=runner) as fast:
+    with hasten.apply(
+        model, tree_drafter, parts={tree_drafter: {"answer": padded}}, runner=runner
+    ) as fast:
         got = fast.generate(**inputs, max_new_tokens=24)
         assert torch.equal(got, wanted)
         assert fast.activity["passes"] <= 1 + 24 // 4 + 1
         penalised = answer_of(model, inputs, 24, repetition_penalty=1.3)
-        assert torch.equal(fast.generate(**inputs, max_new_tokens=24, repetition_penalty=1.3), penalised)
+        assert torch.equal(
+            fast.generate(**inputs, max_new_tokens=24, repetition_penalty=1.3), penalised
+        )
 
 
-def test_the_cache_after_a_tree_is_that_of_a_fresh_prefill(tiny_llama: Tiny, tree_drafter: str) -> None:
+def test_the_cache_after_a_tree_is_that_of_a_fresh_prefill(
+    tiny_llama: Tiny, tree_drafter: str
+) -> None:
     model = tiny_llama()
     prompt = models.prompt(length=20)
     wanted = answer_of(model, {"input_ids": prompt}, 24)
@@ -177,7 +187,9 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_CALLS)
-def test_bad_calls_are_one_clear_error(tiny_llama: Tiny, arguments: dict[str, Any], message: str) -> None:
+def test_bad_calls_are_one_clear_error(
+    tiny_llama: Tiny, arguments: dict[str, Any], message: str
+) -> None:
     with hasten.apply(tiny_llama()) as plain, pytest.raises(HastenError, match=message) as caught:
         plain.generate(**({"input_ids": models.prompt()} | arguments))
     assert "\n" not in str(caught.value)
@@ -190,6 +202,10 @@ def test_both_runners_give_the_ids_of_generate(tiny_llama: Tiny, runner: str) ->
     with hasten.apply(model, runner=runner) as plain:
         assert isinstance(plain, CausalModel)
         for new in (30, 8):
-            assert torch.equal(plain.generate(**inputs, max_new_tokens=new), answer_of(model, inputs, new))
+            assert torch.equal(
+                plain.generate(**inputs, max_new_tokens=new), answer_of(model, inputs, new)
+            )
         single = {"input_ids": models.prompt(length=11)}
-        assert torch.equal(plain.generate(**single, max_new_tokens=30), answer_of(model, single, 30))
+        assert torch.equal(
+            plain.generate(**single, max_new_tokens=30), answer_of(model, single, 30)
+        )

@@ -17,7 +17,9 @@ from hasten.subject import open_subject
 from tests import models
 
 
-def test_a_folder_a_live_model_and_a_zoo_name_say_what_they_are(tiny_checkpoint: Path, zoo: Any) -> None:
+def test_a_folder_a_live_model_and_a_zoo_name_say_what_they_are(
+    tiny_checkpoint: Path, zoo: Any
+) -> None:
     folder = open_subject(tiny_checkpoint)
     assert folder.engine == "causal"
     assert folder.describe()["kind"] == "llama"
@@ -46,15 +48,28 @@ def foreign(tmp_path: Path, family: str, **config: Any) -> Path:
 
 
 FOREIGN: list[tuple[str, dict[str, Any]]] = [
-    ("t5", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}),
-    ("vit", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}),
+    (
+        "t5",
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32},
+    ),
+    (
+        "vit",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        },
+    ),
     ("mamba", {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32, "state_size": 4}),
     ("bloom", {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32}),
 ]
 
 
 @pytest.mark.parametrize(("family", "config"), FOREIGN)
-def test_a_family_that_no_engine_runs_is_refused(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+def test_a_family_that_no_engine_runs_is_refused(
+    tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
     with pytest.raises(SubjectError) as caught:
         open_subject(foreign(tmp_path, family, **config))
     assert "engine" in str(caught.value)
@@ -88,7 +103,9 @@ def test_a_saved_plan_comes_back_and_only_onto_its_own_model(tmp_path: Path) -> 
     model = models.tiny_model()
     texts = models.texts()
     tokenizer = models.tiny_tokenizer()
-    parts = hasten.prepare(model, "double_sparsity", texts=texts, steps=1, tokenizer=tokenizer, write=False)
+    parts = hasten.prepare(
+        model, "double_sparsity", texts=texts, steps=1, tokenizer=tokenizer, write=False
+    )
     prompt = models.prompt(length=60)
     with hasten.apply(model, "double_sparsity(budget=0.3)", parts=parts) as fast:
         wanted = fast.generate(prompt, max_new_tokens=12)

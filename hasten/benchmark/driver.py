@@ -138,7 +138,11 @@ def bench(
     )
     job = _Job(subject, work, seed, tick or (lambda done, total, message: None))
     plans = rows_of(parsed)
-    two = [Plan.parse(a, b) for a, b in combinations(parsed, 2) if not conflict(a, b)] if pairs else []
+    two = (
+        [Plan.parse(a, b) for a, b in combinations(parsed, 2) if not conflict(a, b)]
+        if pairs
+        else []
+    )
     extra = [p for p in two if str(p) not in {str(q) for q in plans}]
     if prepare_missing:
         job.prepare(parsed)
@@ -214,7 +218,11 @@ class _Job:
 
             texts = training_texts(PREPARE_BYTES)
             prepare(
-                self.subject, technique, texts=texts, seed=self.seed, tick=self._naming(f"training {technique.name}")
+                self.subject,
+                technique,
+                texts=texts,
+                seed=self.seed,
+                tick=self._naming(f"training {technique.name}"),
             )
 
     def _naming(self, words: str) -> Tick:
@@ -323,7 +331,18 @@ class _Job:
             if name == BASELINE:
                 continue
             rows.append(
-                self._row(name, contender, reference, original, timings, times, work, found, counter, quality)
+                self._row(
+                    name,
+                    contender,
+                    reference,
+                    original,
+                    timings,
+                    times,
+                    work,
+                    found,
+                    counter,
+                    quality,
+                )
             )
         speed = timings.tokens_per_second(BASELINE)
         return {
@@ -385,7 +404,14 @@ class _Job:
         ours = answer(contender.model, self.work, counter)
         block = compare(ours, original, self.work, self.seed)
         proof = prove(
-            contender.loss, contender.model, reference.model, ours, original, block, self.work, counter
+            contender.loss,
+            contender.model,
+            reference.model,
+            ours,
+            original,
+            block,
+            self.work,
+            counter,
         )
         top = plan_ceiling(plan, self.subject, times, work, found)
         ratio = timings.ratio(name)

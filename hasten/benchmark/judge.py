@@ -39,7 +39,9 @@ class Answers:
     ids: list[Tensor] = field(default_factory=list)  # new ids of each prompt, greedy
     nll: list[Tensor] = field(default_factory=list)  # (length,) nats of each passage
     logits: list[Tensor] = field(default_factory=list)  # (length, vocabulary), half precision
-    texts: list[tuple[str, int]] = field(default_factory=list)  # prompt + continuation, prompt chars
+    texts: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # prompt + continuation, prompt chars
     recalled: list[bool] = field(default_factory=list)
 
 
@@ -119,19 +121,28 @@ def _likelihood(ours: Answers, original: Answers, work: Workload, seed: int) -> 
     )  # fmt: skip
     kl = torch.cat([kl_divergence(b, a) for a, b in zip(ours.logits, original.logits, strict=True)])
     return {
-        "perplexity": _estimate(perplexity(torch.cat(ours.nll)), perplexity(torch.cat(original.nll)), estimate),
+        "perplexity": _estimate(
+            perplexity(torch.cat(ours.nll)), perplexity(torch.cat(original.nll)), estimate
+        ),
         "bits_per_byte": _estimate(
             bits_per_byte(sum(total), int(sum(num_bytes))),
             bits_per_byte(sum(total_theirs), int(sum(num_bytes))),
             per_byte,
         ),
-        "kl": {"value": float(kl.mean()), "original": 0.0, "unit": "nats a token", "num_units": kl.numel()},
+        "kl": {
+            "value": float(kl.mean()),
+            "original": 0.0,
+            "unit": "nats a token",
+            "num_units": kl.numel(),
+        },
     }
 
 
 def _shares(ours: list[bool], theirs: list[bool], seed: int) -> dict[str, Any]:
     estimate = recovery_of_shares(ours, theirs, seed=seed)
-    return _estimate(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {"num_units": len(ours)}
+    return _estimate(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {
+        "num_units": len(ours)
+    }
 
 
 def _estimate(value: float, original: float, estimate: Any) -> dict[str, Any]:
@@ -139,7 +150,9 @@ def _estimate(value: float, original: float, estimate: Any) -> dict[str, Any]:
         "value": value,
         "original": original,
         "recovery": None if estimate is None else estimate.value,
-        "interval": None if estimate is None or estimate.interval is None else list(estimate.interval),
+        "interval": None
+        if estimate is None or estimate.interval is None
+        else list(estimate.interval),
     }
 
 
@@ -184,7 +197,11 @@ def _sampling_test(model: CausalModel, original: CausalModel, work: Workload, ti
         seen: Counter[tuple[int, ...]] = Counter()
         for call in range(SAMPLED_CALLS):
             out = side.generate(
-                prompt, max_new_tokens=SAMPLED_TOKENS + 1, do_sample=True, top_k=8, seed=seeds + call
+                prompt,
+                max_new_tokens=SAMPLED_TOKENS + 1,
+                do_sample=True,
+                top_k=8,
+                seed=seeds + call,
             )
             assert isinstance(out, Tensor)
             seen[tuple(out[0, prompt.shape[1] :].tolist())] += 1
@@ -198,7 +215,10 @@ def _prove_lossy(quality: dict[str, Any]) -> dict[str, Any]:
     found = quality.get("perplexity")
     if found is None or found["recovery"] is None:
         share = quality["agreement"]["value"]
-        return {"passed": True, "detail": f"lossy; {share:.0%} of the ids agree (no text to judge by)"}
+        return {
+            "passed": True,
+            "detail": f"lossy; {share:.0%} of the ids agree (no text to judge by)",
+        }
     low = found["interval"][0] if found["interval"] else found["recovery"]
     return {
         "passed": bool(found["recovery"] >= MIN_RECOVERY),

@@ -12,7 +12,11 @@ from hasten.plan import Plan
 def own_activity(plan: Plan, activity: dict[str, float]) -> dict[str, float]:
     """The counters that the plan's techniques moved (the loop's own are left out)."""
     names = [technique.name for technique in plan]
-    return {key: value for key, value in activity.items() if key.split(".", 1)[0] in names and "." in key}
+    return {
+        key: value
+        for key, value in activity.items()
+        if key.split(".", 1)[0] in names and "." in key
+    }
 
 
 def verdict(
@@ -22,7 +26,9 @@ def verdict(
     if not proof["passed"]:
         return "broken", f"it does not keep to its class: {proof['detail']}"
     moved = own_activity(plan, activity)
-    idle = [t.name for t in plan if not any(v for k, v in moved.items() if k.split(".")[0] == t.name)]
+    idle = [
+        t.name for t in plan if not any(v for k, v in moved.items() if k.split(".")[0] == t.name)
+    ]
     if idle:
         return "inactive", f"{', '.join(idle)} did nothing on this workload (no counter moved)"
     if ratio.is_faster:

@@ -50,7 +50,12 @@ class Workload:
 
 
 def make_workload(
-    subject: Subject, *, prompts: Sequence[str] | None, max_new_tokens: int, seed: int, quality: bool
+    subject: Subject,
+    *,
+    prompts: Sequence[str] | None,
+    max_new_tokens: int,
+    seed: int,
+    quality: bool,
 ) -> Workload:
     """Choose prompts and passages for a subject; the same for a given seed.
 
@@ -77,7 +82,9 @@ def make_workload(
         work.source = "prompts as given"
     else:
         length = min(PROMPT_TOKENS, room)
-        work.prompts = [_crop(d, length, generator) for d in _longest(documents, NUM_PROMPTS, generator)]
+        work.prompts = [
+            _crop(d, length, generator) for d in _longest(documents, NUM_PROMPTS, generator)
+        ]
     if quality:
         work.passages = _passages(subject, documents, context, generator)
         fits = (context - 24) * 2  # two characters a token is a careful guess for code

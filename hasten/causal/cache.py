@@ -117,7 +117,7 @@ class LayerCache:
                 (ascending keeps the original order); -1 leaves a hole, so that rows and heads may
                 keep different numbers.
         """
-        keys, values = self.buffers
+        keys = self.buffers[0]
         batch, heads, _, _ = keys.shape
         kept = indices.shape[2]
         source = indices.clamp(min=0)
@@ -171,7 +171,12 @@ class KVCache(Cache):
 
     # -- what models call ----------------------------------------------------------------------
     def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         """Append a block to one layer and return all its keys and values."""
         return self.layers[layer_idx].update(key_states, value_states)
@@ -211,7 +216,9 @@ class KVCache(Cache):
                 new = table.buffer[:, :, base : table.length].gather(
                     2, kept.clamp(min=0)[:, None, :].expand(-1, table.buffer.shape[1], -1)
                 )
-                table.buffer[:, :, base : base + num_kept] = new.masked_fill(kept[:, None, :] < 0, -1)
+                table.buffer[:, :, base : base + num_kept] = new.masked_fill(
+                    kept[:, None, :] < 0, -1
+                )
                 table.has_holes = table.has_holes or bool((kept < 0).any())
             table.length = base + num_kept
         for layer in self.layers:

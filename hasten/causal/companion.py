@@ -60,7 +60,9 @@ def _sibling(model: PreTrainedModel, technique: str, knob: str) -> str:
         if zoo.is_zoo_name(name) and folder == zoo.path(name).absolute():
             if zoo.is_zoo_name(smaller):
                 return smaller
-            raise PlanError(f"{technique}: {smaller}, the smaller sibling of {name}, is not here; train it first.")
+            raise PlanError(
+                f"{technique}: {smaller}, the smaller sibling of {name}, is not here; train it first."
+            )
     raise PlanError(
         f"{technique}: {knob}='{AUTO}' knows a smaller model only for {' and '.join(SMALLER)}; "
         f'name one with the same tokenizer: {technique}({knob}="folder").'
@@ -69,14 +71,20 @@ def _sibling(model: PreTrainedModel, technique: str, knob: str) -> str:
 
 def _check_vocabulary(model: PreTrainedModel, second: Subject, technique: str) -> None:
     """Refuse a second model that speaks other tokens."""
-    ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (model, second.model))
+    ours, theirs = (
+        m.config.get_text_config(decoder=True).vocab_size for m in (model, second.model)
+    )
     if ours != theirs:
         raise PlanError(
             f"{technique}: {second.name} has a vocabulary of {theirs} tokens and the model one of {ours}; "
             "name a model with the same tokenizer."
         )
     own = _own_tokenizer(model)
-    if own is not None and second.tokenizer is not None and own.get_vocab() != second.tokenizer.get_vocab():
+    if (
+        own is not None
+        and second.tokenizer is not None
+        and own.get_vocab() != second.tokenizer.get_vocab()
+    ):
         raise PlanError(
             f"{technique}: {second.name} has another tokenizer than the model (as many tokens, but "
             "different ones); name a model with the same tokenizer."

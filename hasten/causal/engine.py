@@ -28,7 +28,9 @@ from hasten.technique import Parts
 
 RUNNERS: dict[str, type[Runner]] = {"eager": EagerRunner, "compiled": CompiledRunner}
 
-_RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = weakref.WeakKeyDictionary()
+_RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = (
+    weakref.WeakKeyDictionary()
+)
 _APPLIED: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
 
@@ -81,7 +83,8 @@ class CausalModel:
         brought = [
             own
             for technique, bound in self.bound
-            if isinstance(technique, CausalTechnique) and (own := technique.model(bound)) is not None
+            if isinstance(technique, CausalTechnique)
+            and (own := technique.model(bound)) is not None
         ]
         self.runner: Runner = make_runner(runner, brought[0] if brought else model, plan)
         self.activity: dict[str, int] = {}
@@ -127,14 +130,19 @@ class CausalModel:
         return result(run.settings, run.sequences())
 
     def stream(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **arguments: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
     ) -> Iterator[Tensor]:
         """Yield the new ids of a batch of one as they are decided, (tokens,) each time."""
         run = self._run(input_ids, attention_mask, arguments)
         if run.batch > 1:
             raise HastenError("A stream takes one row; give a batch of one.")
         queue: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
-        run.on_tokens = lambda run, first: queue.put(run.tokens[0, int(first[0]) : int(run.lengths[0])].clone())
+        run.on_tokens = lambda run, first: queue.put(
+            run.tokens[0, int(first[0]) : int(run.lengths[0])].clone()
+        )
 
         def work() -> None:
             try:
@@ -167,7 +175,11 @@ class CausalModel:
             continuation: (batch, length) ids that are forced instead of chosen.
             logits: keep the logits too.
         """
-        arguments = {"max_new_tokens": continuation.shape[1], "do_sample": False, "repetition_penalty": 1.0}
+        arguments = {
+            "max_new_tokens": continuation.shape[1],
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+        }
         run = self._run(input_ids, attention_mask, arguments)
         run.forced = continuation.to(run.device)
         run.trace = []
@@ -191,7 +203,9 @@ class CausalModel:
     def __exit__(self, *exc: object) -> None:
         self.undo()
 
-    def _run(self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any]) -> Run:
+    def _run(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any]
+    ) -> Run:
         if not self._open:
             raise PlanError("The plan was undone; apply it again to use it.")
         prompt, mask = _checked_prompt(self.subject, input_ids, attention_mask)
@@ -219,7 +233,9 @@ def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
     for technique in plan:
         if name not in technique.contract.runners:
             allowed = ", ".join(sorted(technique.contract.runners))
-            raise PlanError(f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}.")
+            raise PlanError(
+                f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}."
+            )
     if name not in RUNNERS:
         raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(sorted(RUNNERS))}.")
     # One runner per model and kind: a compiled one keeps its graphs from plan to plan.
@@ -254,7 +270,9 @@ def _checked_prompt(
     vocabulary = subject.model.config.get_text_config(decoder=True).vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocabulary:
-        raise HastenError(f"The prompt holds token id {low if low < 0 else high}; allowed is 0 to {vocabulary - 1}.")
+        raise HastenError(
+            f"The prompt holds token id {low if low < 0 else high}; allowed is 0 to {vocabulary - 1}."
+        )
     device = subject.model.device
     if attention_mask is None:
         return input_ids.to(device), None
@@ -267,7 +285,9 @@ def _checked_prompt(
     if not bool((mask.sum(dim=1) > 0).all()):
         raise HastenError("A row of the attention mask is all zero: that prompt is empty.")
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise HastenError("The batch is padded on the right; pad on the left (tokenizer.padding_side='left').")
+        raise HastenError(
+            "The batch is padded on the right; pad on the left (tokenizer.padding_side='left')."
+        )
     return input_ids.to(device), mask
 
 

@@ -12,8 +12,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
-    StopStringCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -70,7 +70,9 @@ class Settings:
     return_dict: bool = False
 
     @classmethod
-    def resolve(cls, model: PreTrainedModel, prompt_length: int, arguments: dict[str, Any]) -> Settings:
+    def resolve(
+        cls, model: PreTrainedModel, prompt_length: int, arguments: dict[str, Any]
+    ) -> Settings:
         """Settings from the arguments of a `generate` call; what is unknown or unsupported raises.
 
         Precedence as in transformers: call arguments, then a `generation_config` argument, then
@@ -81,7 +83,11 @@ class Settings:
         defaults = model.generation_config
 
         def take(name: str, default: Any) -> Any:
-            for source in (given.pop(name, None), getattr(config, name, None), getattr(defaults, name, None)):
+            for source in (
+                given.pop(name, None),
+                getattr(config, name, None),
+                getattr(defaults, name, None),
+            ):
                 if source is not None:
                     return source
             return default
@@ -118,7 +124,9 @@ class Settings:
         )
         for ignored in ("use_cache", "output_scores", "output_attentions", "output_hidden_states"):
             if given.pop(ignored, None) and ignored != "use_cache":
-                raise HastenError(f"{ignored}=True is not supported by the causal engine; leave it out.")
+                raise HastenError(
+                    f"{ignored}=True is not supported by the causal engine; leave it out."
+                )
         if given:
             raise HastenError(
                 f"Unknown argument {next(iter(given))!r} for generate; "
@@ -145,9 +153,15 @@ class Settings:
             ("repetition_penalty", self.repetition_penalty, 1e-6, 100.0),
         )
         for name, value, low, high in ranges:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not low <= value <= high
+            ):
                 hint = " For greedy decoding use do_sample=False." if name == "temperature" else ""
-                raise HastenError(f"{name}={value!r} is out of range; allowed is {low:g} to {high:g}.{hint}")
+                raise HastenError(
+                    f"{name}={value!r} is out of range; allowed is {low:g} to {high:g}.{hint}"
+                )
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A generator of its own if a seed is given; otherwise torch's global one is used."""
@@ -179,7 +193,9 @@ def _stopping(given: dict[str, Any], take: Any) -> StoppingCriteriaList | None:
     strings = take("stop_strings", None)
     if strings:
         if tokenizer is None:
-            raise HastenError("stop_strings needs the tokenizer too: generate(..., tokenizer=tokenizer).")
+            raise HastenError(
+                "stop_strings needs the tokenizer too: generate(..., tokenizer=tokenizer)."
+            )
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     return criteria or None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +107,12 @@ class Run:
     """
 
     def __init__(
-        self, runner: Runner, settings: Settings, prompt: Tensor, attention_mask: Tensor | None, slots: Slots
+        self,
+        runner: Runner,
+        settings: Settings,
+        prompt: Tensor,
+        attention_mask: Tensor | None,
+        slots: Slots,
     ) -> None:
         batch, length = prompt.shape
         device = runner.device
@@ -272,17 +277,11 @@ class Run:
         node_positions = (root + depths).clamp(max=self.last_position)
         if node_holes:
             node_positions = node_positions.masked_fill(absent, -1)
-        num_pending = tokens.shape[1]
-        tree = None
-        if draft.parents != tuple(range(-1, draft.num_nodes - 1)):
-            block = num_pending + draft.num_nodes
-            tree = torch.ones((block, block), dtype=torch.bool).tril()
-            tree[num_pending:, num_pending:] = draft.ancestors()
-            tree = tree.to(self.device)
+        tree = draft.mask(tokens.shape[1])
         return Block(
             torch.cat((tokens, draft.tokens.clamp(min=0)), dim=1),
             torch.cat((positions, node_positions), dim=1),
-            tree,
+            None if tree is None else tree.to(self.device),
             1 + draft.num_nodes,
             holes or node_holes,
         )
@@ -353,7 +352,9 @@ class Run:
         paths = extended[:, columns]  # (batch, rows, deepest)
         full = torch.cat((prefix[:, None].expand(-1, rows, -1), paths), dim=2)
         pads = self.pads.repeat_interleave(rows) if self.has_pads else None
-        flat = self.sampler.scores(logits.reshape(-1, vocabulary), full.reshape(batch * rows, -1), pads)
+        flat = self.sampler.scores(
+            logits.reshape(-1, vocabulary), full.reshape(batch * rows, -1), pads
+        )
         return flat.view(batch, rows, vocabulary)
 
     def commit(self, nodes: Tensor | None) -> None:

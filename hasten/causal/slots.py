@@ -85,6 +85,13 @@ class Draft:
         """
         return _ancestors(self.parents)
 
+    def mask(self, num_pending: int) -> Tensor | None:
+        """What a block of `num_pending` tokens and this tree may see of itself; None for a chain.
+
+        (block, block) bool, True where the row may see the column. As `ancestors`, it is shared.
+        """
+        return _mask(self.parents, num_pending)
+
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`."""
         nodes = [node]
@@ -100,6 +107,16 @@ def _ancestors(parents: tuple[int, ...]) -> Tensor:
         if parent >= 0:
             seen[node] |= seen[parent]
     return seen
+
+
+@lru_cache(maxsize=256)
+def _mask(parents: tuple[int, ...], num_pending: int) -> Tensor | None:
+    if parents == tuple(range(-1, len(parents) - 1)):
+        return None
+    block = num_pending + len(parents)
+    mask = torch.ones((block, block), dtype=torch.bool).tril()
+    mask[num_pending:, num_pending:] = _ancestors(parents)
+    return mask
 
 
 @dataclass

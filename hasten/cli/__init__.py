@@ -24,7 +24,9 @@ def _print_version(wanted: bool) -> None:
 def hasten(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Make a model faster, and prove it.

@@ -41,7 +41,9 @@ def list_techniques(
         if family is not None or engine is not None:
             every = kinds if pattern == "*" else _importable(registry.names())
             _one_of("family", family, {kind.card.family for kind in every})
-            _one_of("engine", engine, {slot.engine for kind in every for slot in kind.contract.slots})
+            _one_of(
+                "engine", engine, {slot.engine for kind in every for slot in kind.contract.slots}
+            )
         if family is not None:
             kinds = [kind for kind in kinds if kind.card.family == family]
         if engine is not None:
@@ -63,7 +65,9 @@ def list_techniques(
     "hasten show prefix_kv --json",
 )
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A technique, or a model as `bench` takes it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A technique, or a model as `bench` takes it.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show a technique's card and knobs, or what a model is and which slots it offers."""
@@ -76,7 +80,7 @@ def show(
             data = card_data(registry.get(name))
             words = _card_words
         elif zoo.is_zoo_name(name) or "/" in name or Path(name).exists():
-            data = _model_data(name)
+            data = _model_data(name, as_json)
             words = _model_words
         else:
             raise HastenError(_unknown(name, [*registry.names(), *zoo.names()]))
@@ -110,16 +114,18 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{name!r} is no technique and no model here.{hint} `hasten list` shows all of them."
 
 
-def _model_data(name: str) -> dict[str, Any]:
+def _model_data(name: str, as_json: bool) -> dict[str, Any]:
     import hasten.zoo.catalogue as zoo
 
-    quiet_libraries()
+    quiet_libraries(as_json, name)
     from hasten import technique as registry
     from hasten.subject import open_subject
 
     subject = open_subject(name)
     offered = set(subject.slots)
-    fitting = [k.name for k in _importable(registry.names()) if offered.issuperset(k.contract.slots)]
+    fitting = [
+        k.name for k in _importable(registry.names()) if offered.issuperset(k.contract.slots)
+    ]
     card = zoo.card(name) if zoo.is_zoo_name(name) else None
     return {**subject.describe(), "techniques": fitting, "zoo": card}
 
@@ -164,7 +170,12 @@ def _card_words(data: dict[str, Any]) -> None:
     screen.print(
         _fields(
             [
-                ("paper", f"{data['paper']} ({data['year']})" if data["paper"] else "none: a plain baseline"),
+                (
+                    "paper",
+                    f"{data['paper']} ({data['year']})"
+                    if data["paper"]
+                    else "none: a plain baseline",
+                ),
                 ("link", data["link"]),
                 ("family", data["family"]),
                 ("fills", data["slots"]),
@@ -174,9 +185,18 @@ def _card_words(data: dict[str, Any]) -> None:
                 ("changes", data["changes"]),
                 ("needs", data["needs"]),
                 ("runners", data["runners"]),
-                ("trained", f"yes: `hasten prepare MODEL --with {data['name']}`" if data["trained"] else ""),
-                ("neutral at", ", ".join(f"{k}={v!r}" for k, v in neutral.items()) if neutral else ""),
-                ("must beat", f"{rival['plan']} in {rival['metric']}: {rival['why']}" if rival else ""),
+                (
+                    "trained",
+                    f"yes: `hasten prepare MODEL --with {data['name']}`" if data["trained"] else "",
+                ),
+                (
+                    "neutral at",
+                    ", ".join(f"{k}={v!r}" for k, v in neutral.items()) if neutral else "",
+                ),
+                (
+                    "must beat",
+                    f"{rival['plan']} in {rival['metric']}: {rival['why']}" if rival else "",
+                ),
             ]
         )
     )

@@ -50,21 +50,28 @@ def bench(
     plans: Plans,
     runner: Runner = RunnerName.AUTO,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt. Repeatable. Default: held-out text.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt. Repeatable. Default: held-out text."),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A prompt a line; or a .json list, or .jsonl with a text a line."),
+        typer.Option(
+            metavar="FILE", help="A prompt a line; or a .json list, or .jsonl with a text a line."
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Rounds of baseline and candidate in turns, 5 or more.")
     ] = 5,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Measure each pair of techniques too.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Measure each pair of techniques too.")
+    ] = False,
     quality: Annotated[bool, typer.Option(help="Measure quality beside speed.")] = True,
     prepare: Annotated[bool, typer.Option(help="Train parts that are missing.")] = True,
     record: Annotated[bool, typer.Option(help="Write the result into the ledger.")] = True,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -83,7 +90,7 @@ def bench(
         check_output(report)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     with only_json(as_json):
-        quiet_libraries()
+        quiet_libraries(as_json, model)
         chosen = plan_texts(plans)
         from hasten.benchmark import bench as measure
 
@@ -127,10 +134,14 @@ def read_prompts(path: Path) -> list[str]:
             found = [line for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise HastenError(f"{path} is not valid JSON: {error}.") from error
-    values = [item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in found]
+    values = [
+        item.get("prompt", item.get("text")) if isinstance(item, dict) else item for item in found
+    ]
     prompts = [value for value in values if isinstance(value, str) and value]
     if not prompts or len(prompts) < len(values):
-        raise HastenError(f"{path} holds no prompts; give a text a line, or JSON texts in .json or .jsonl.")
+        raise HastenError(
+            f"{path} holds no prompts; give a text a line, or JSON texts in .json or .jsonl."
+        )
     return prompts
 
 
@@ -140,7 +151,9 @@ def read_prompts(path: Path) -> list[str]:
     "hasten limits --json",
 )
 def limits(
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure anew instead of taking the kept figures.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure anew instead of taking the kept figures.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what this machine can do at best (about five seconds), or show what was measured."""

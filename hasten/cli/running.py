@@ -49,16 +49,30 @@ if TYPE_CHECKING:
 )
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="The text to continue; - reads it from standard input."),
+    ],
     plans: Plans = [],  # noqa: B006  (typer copies it)
     runner: Runner = RunnerName.AUTO,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(metavar="X", help="Above 0 samples; 0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(metavar="N", help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(metavar="X", help="Above 1 discourages tokens seen before.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Above 0 samples; 0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="Sample among the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Sample among the likeliest tokens of this mass."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1 discourages tokens seen before.")
+    ] = 1.0,
     seed: Seed = 0,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop after this text. Repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop after this text. Repeatable.")
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -71,7 +85,7 @@ def generate(
     check_seed(seed)
     settings = _sampling(temperature, top_k, top_p)
     with only_json(as_json):
-        quiet_libraries()
+        quiet_libraries(as_json, model)
         use_threads(threads)
         from transformers import TextStreamer
 
@@ -90,7 +104,9 @@ def generate(
                 seed=seed,
                 tokenizer=tokenizer,
                 stop_strings=stop or None,
-                streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=None
+                if as_json
+                else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **settings,
             )
             seconds = time.perf_counter() - start
@@ -133,7 +149,9 @@ def _with_tokenizer(model: str) -> tuple[Subject, PreTrainedTokenizerBase]:
 
     subject = open_subject(model)
     if subject.tokenizer is None:
-        raise HastenError(f"{model} has no tokenizer, and this verb works on text; add its tokenizer files.")
+        raise HastenError(
+            f"{model} has no tokenizer, and this verb works on text; add its tokenizer files."
+        )
     return subject, subject.tokenizer
 
 
@@ -148,10 +166,14 @@ def prepare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="Text to learn from: a file or a wildcard. Repeatable. Default: Python's library."
+            metavar="FILE",
+            help="Text to learn from: a file or a wildcard. Repeatable. Default: Python's library.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimiser steps. Default: each technique's own.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Optimiser steps. Default: each technique's own."),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -165,9 +187,11 @@ def prepare(
         plan = Plan.parse(*plan_texts(plans))
         trained = [technique for technique in plan if technique.card.trained]
         if not trained:
-            raise HastenError(f"{str(plan) or 'The plan'} has nothing to prepare; it runs as it is.")
+            raise HastenError(
+                f"{str(plan) or 'The plan'} has nothing to prepare; it runs as it is."
+            )
         documents = _documents(text)
-        quiet_libraries()
+        quiet_libraries(as_json, model)
         use_threads(threads)
         import hasten
         from hasten.parts import default_path
@@ -203,7 +227,11 @@ def _documents(patterns: Sequence[str] | None) -> list[str]:
         files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         if not files:
             raise HastenError(f"--text {pattern} matches no file.")
-        documents += [read_text(Path(file)) for file in files if not glob.has_magic(pattern) or Path(file).is_file()]
+        documents += [
+            read_text(Path(file))
+            for file in files
+            if not glob.has_magic(pattern) or Path(file).is_file()
+        ]
     if not any(document.strip() for document in documents):
         raise HastenError("The given text is empty; there is nothing to learn from.")
     return documents
@@ -215,12 +243,20 @@ def _documents(patterns: Sequence[str] | None) -> list[str]:
     "hasten train code-lm --output my-model --resume",
 )
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A zoo recipe, such as code-lm-tiny.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A zoo recipe, such as code-lm-tiny.")
+    ],
     output: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes. Default: your data folder.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the model goes. Default: your data folder."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Cut the run short; the schedule shrinks with it.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cut the run short; the schedule shrinks with it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -229,17 +265,27 @@ def train(
     at_least(1, max_tokens=max_tokens, threads=threads)
     check_seed(seed)
     with only_json(as_json):
-        quiet_libraries()
+        quiet_libraries(as_json)
         from hasten.zoo import recipes
         from hasten.zoo.catalogue import user_path
 
         recipes.recipe(recipe)
         folder = output if output is not None else user_path(recipe)
         card = recipes.train(
-            recipe, folder, threads=threads, max_tokens=max_tokens, seed=seed, resume=resume, quiet=as_json
+            recipe,
+            folder,
+            threads=threads,
+            max_tokens=max_tokens,
+            seed=seed,
+            resume=resume,
+            quiet=as_json,
         )
     if as_json:
         print_json({"path": folder, "card": card})
         return
-    quality = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in card.quality.items())
-    console().print(f"{folder}: {card.num_parameters:,} parameters, {quality}", highlight=False, soft_wrap=True)
+    quality = ", ".join(
+        f"{name.replace('_', ' ')} {value:.3f}" for name, value in card.quality.items()
+    )
+    console().print(
+        f"{folder}: {card.num_parameters:,} parameters, {quality}", highlight=False, soft_wrap=True
+    )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+SECONDS_BETWEEN_DRAWINGS = 0.1
 
 
 class Verbs(TyperGroup):
@@ -41,7 +43,9 @@ class Verbs(TyperGroup):
         except Exception as error:
             # torch's own class cannot be named here: torch may not have been imported.
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                _complain("error: out of memory; use a smaller model, a shorter prompt or fewer new tokens")
+                _complain(
+                    "error: out of memory; use a smaller model, a shorter prompt or fewer new tokens"
+                )
                 raise typer.Exit(USER_ERROR) from error
             raise
 
@@ -56,7 +60,9 @@ app = typer.Typer(
 )
 
 
-def verb(*examples: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def verb(
+    *examples: str, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a verb; its examples stand at the end of its `--help`."""
     lines = [f"[cyan]{escape(example)}[/cyan]" for example in examples]
     return app.command(name, epilog="\n\n".join(["[bold]Examples[/bold]", *lines]))
@@ -75,7 +81,10 @@ def note(words: str) -> None:
 # -- options that mean the same in every verb ----------------------------------------------------
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A zoo name, a checkpoint folder, or a hub id (owner/name).")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A zoo name, a checkpoint folder, or a hub id (owner/name)."
+    ),
 ]
 Plans = Annotated[
     list[str],
@@ -102,7 +111,8 @@ class RunnerName(StrEnum):
 
 
 Runner = Annotated[
-    RunnerName, typer.Option(metavar="NAME", help="What executes the passes: auto, eager or compiled.")
+    RunnerName,
+    typer.Option(metavar="NAME", help="What executes the passes: auto, eager or compiled."),
 ]
 
 
@@ -135,12 +145,19 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def quiet_libraries() -> None:
-    """Keep transformers from drawing bars and warning about what hasten checks itself."""
+def quiet_libraries(as_json: bool, model: str | None = None) -> None:
+    """Keep transformers from warning about what hasten checks itself, and from drawing bars.
+
+    Bars of loading and downloading stay for someone who waits for a model from elsewhere.
+    """
     from transformers.utils import logging
 
+    import hasten.zoo.catalogue as zoo
+
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    watched = sys.stderr.isatty() and not as_json
+    if model is None or not watched or zoo.is_zoo_name(model):
+        logging.disable_progress_bar()
 
 
 # -- output --------------------------------------------------------------------------------------
@@ -180,17 +197,27 @@ def progress(quiet: bool = False) -> Iterator[Tick]:
     if quiet or not screen.is_terminal:
         yield lambda done, total, message: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    # Drawn by `tick` alone: a thread that draws would disturb what is being timed.
+    with Progress(*columns, console=screen, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=None)
-        reached = 0
+        reached, drawn = 0, 0.0
 
         def tick(done: int, total: int, message: str) -> None:
-            nonlocal reached
+            nonlocal reached, drawn
             if done < reached:  # the next part of the work: its speed is its own
                 bar.reset(task)
             reached = done
             bar.update(task, completed=done, total=total, description=escape(message))
+            now = time.monotonic()
+            if done == total or now - drawn > SECONDS_BETWEEN_DRAWINGS:
+                bar.refresh()
+                drawn = now
 
         yield tick
 

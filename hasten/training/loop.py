@@ -386,7 +386,7 @@ class _Report:
 
     def __init__(self, settings: Settings, label: str, quiet: bool) -> None:
         self._settings = settings
-        self._console = Console(quiet=quiet, highlight=False)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bar = Progress(
             TextColumn(label),
             BarColumn(),

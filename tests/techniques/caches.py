@@ -37,7 +37,11 @@ def cache_of(keys: Tensor, values: Tensor | None = None, *, pads: Tensor | None 
 
 
 def called(
-    model: PreTrainedModel, *plan: str | Technique, inputs: Tensor | dict[str, Tensor], new: int = 1, **more: Any
+    model: PreTrainedModel,
+    *plan: str | Technique,
+    inputs: Tensor | dict[str, Tensor],
+    new: int = 1,
+    **more: Any,
 ) -> Run:
     """Generate greedily and return the call with the caches as they were at its end."""
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
@@ -103,7 +107,9 @@ class Oracle(Drafter):
         index = run.lengths[:, None] + torch.arange(2)
         right = self.truth.gather(1, index.clamp(max=self.truth.shape[1] - 1))
         wrong = other(right)
-        return Draft(torch.stack((wrong[:, 0], right[:, 0], wrong[:, 1], right[:, 1]), dim=1), (-1, -1, 1, 1))
+        return Draft(
+            torch.stack((wrong[:, 0], right[:, 0], wrong[:, 1], right[:, 1]), dim=1), (-1, -1, 1, 1)
+        )
 
 
 def other(ids: Tensor) -> Tensor:

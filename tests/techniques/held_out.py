@@ -13,9 +13,9 @@ from hasten.subject import Subject, open_subject
 from hasten.zoo.corpus import shipped_held_out
 
 MODEL = "code-lm-small"
-PROMPT = 512
-CONTINUATION = 64
-ITEMS = 16
+PROMPT = 256
+CONTINUATION = 48
+ITEMS = 24
 
 
 @dataclass
@@ -33,10 +33,6 @@ class Losses:
         difference = self.of[rival] - self.of[plan]
         return float(difference.mean() / (difference.std() / len(difference) ** 0.5))
 
-    def mean(self, plan: str) -> float:
-        """Over all items, in nats per token."""
-        return float(self.of[plan].mean())
-
 
 @cache
 def subject() -> Subject:
@@ -45,23 +41,28 @@ def subject() -> Subject:
 
 
 @cache
-def items(prompt: int = PROMPT) -> Tensor:
-    """(items, prompt + CONTINUATION) ids from different places of held-out files."""
-    length = prompt + CONTINUATION
+def items() -> Tensor:
+    """(items, PROMPT + CONTINUATION) ids from different places of held-out files."""
+    length = PROMPT + CONTINUATION
     tokenizer = subject().tokenizer
     assert tokenizer is not None
     found = []
     for file in sorted(shipped_held_out(), key=lambda file: file.path):
-        ids = torch.tensor(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = torch.tensor(
+            tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
         found += [ids[start : start + length] for start in range(0, len(ids) - length, 3 * length)]
     places = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:ITEMS]
     return torch.stack([found[place] for place in places.tolist()])
 
 
-def losses(*plans: str, prompt: int = PROMPT) -> Losses:
-    """Score all items under each plan, in one batch (rows do not depend on one another)."""
-    ids, found = items(prompt), {}
-    for plan in plans:
-        with hasten.apply(subject(), plan) as fast:
-            found[plan] = fast.score(ids[:, :prompt], ids[:, prompt:]).nll.double().mean(dim=1)
-    return Losses(found)
+@cache
+def loss(plan: str) -> Tensor:
+    """Negative log-likelihood (items,) under a plan, in one batch: rows do not depend on each other."""
+    with hasten.apply(subject(), plan) as fast:
+        return fast.score(items()[:, :PROMPT], items()[:, PROMPT:]).nll.double().mean(dim=1)
+
+
+def losses(*plans: str) -> Losses:
+    """Score all items under each plan."""
+    return Losses({plan: loss(plan) for plan in plans})

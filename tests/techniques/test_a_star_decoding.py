@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,9 @@ from hasten.causal.controller.steps import Border
 from hasten.causal.engine import CausalModel
 from hasten.causal.run import Run
 from hasten.errors import HastenError, PlanError
+from hasten.measure.parsing import parses
 from hasten.plan import Plan
+from hasten.zoo import catalogue
 from tests import models
 
 NAME = "a_star_decoding"
@@ -52,14 +55,19 @@ def searched(
 
 def tiny(**overrides: Any) -> CausalModel:
     knobs = overrides.pop("knobs", {})
-    return hasten.apply(models.tiny_model(**overrides), plan(**knobs), tokenizer=models.tiny_tokenizer())
+    return hasten.apply(
+        models.tiny_model(**overrides), plan(**knobs), tokenizer=models.tiny_tokenizer()
+    )
 
 
 # ------------------------------------------------------------------------------- a task to search in
 
 STEPS = 8
 RIGHT = "xy"  # two right answers for each step
-PROBABILITIES = ((0.5, 0.2, 0.3), (0.2, 0.3, 0.5))  # x, y and the wrong one; the argmax errs every other step
+PROBABILITIES = (
+    (0.5, 0.2, 0.3),
+    (0.2, 0.3, 0.5),
+)  # x, y and the wrong one; the argmax errs every other step
 
 
 def task_vocabulary() -> list[str]:
@@ -150,7 +158,9 @@ def test_the_task_samples_as_it_should(task: LlamaForCausalLM) -> None:
 # ------------------------------------------------------------------------------- one child
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_tokens": 17}, {"max_depth": 2}, {"keep_caches": False}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_tokens": 17}, {"max_depth": 2}, {"keep_caches": False}], ids=str
+)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_one_child_at_temperature_zero_is_greedy(kv_heads: int, limits: dict[str, Any]) -> None:
     model = models.tiny_model(num_key_value_heads=kv_heads)
@@ -187,7 +197,9 @@ def test_one_child_is_plain_sampling_with_one_call_per_step() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_oracle_never_extends_what_is_wrong_beside_what_is_right(task: LlamaForCausalLM, seed: int) -> None:
+def test_an_oracle_never_extends_what_is_wrong_beside_what_is_right(
+    task: LlamaForCausalLM, seed: int
+) -> None:
     seen: set[tuple[int, ...]] = {()}
 
     def watching(candidates: Sequence[Candidate]) -> list[float]:
@@ -195,7 +207,9 @@ def test_an_oracle_never_extends_what_is_wrong_beside_what_is_right(task: LlamaF
         return oracle(candidates)
 
     register_scorer("watching", watching)
-    with hasten.apply(task, plan(scorer="watching", num_children=4), tokenizer=task_tokenizer()) as fast:
+    with hasten.apply(
+        task, plan(scorer="watching", num_children=4), tokenizer=task_tokenizer()
+    ) as fast:
         sequences, (search,) = searched(fast, PROMPT, max_new_tokens=LENGTH, seed=seed)
     taken = [tuple(node.tokens[0, 1:].tolist()) for node in search.trail]
     waiting: set[tuple[int, ...]] = {()}
@@ -206,7 +220,9 @@ def test_an_oracle_never_extends_what_is_wrong_beside_what_is_right(task: LlamaF
         waiting |= {other for other in seen if _parent(other) == ids}
     # A right node none of whose children is right costs one detour; all else is on the path.
     right = [ids for ids in seen if "w" not in answers(ids)]
-    lost = [ids for ids in right if ids in taken and not any(_parent(other) == ids for other in right)]
+    lost = [
+        ids for ids in right if ids in taken and not any(_parent(other) == ids for other in right)
+    ]
     detours = len(lost) - 1  # the goal has no children either
     assert "w" not in answers(sequences[0].tolist())
     assert len(search.trail) == STEPS + 2 + detours
@@ -219,7 +235,13 @@ def _parent(ids: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def test_a_constant_score_follows_the_documented_order() -> None:
-    knobs = {"scorer": "constant", "step_border": "", "max_step": 5, "max_tokens": 400, "temperature": 1.0}
+    knobs = {
+        "scorer": "constant",
+        "step_border": "",
+        "max_step": 5,
+        "max_tokens": 400,
+        "temperature": 1.0,
+    }
     with tiny(knobs=knobs) as fast:
         _, (search,) = searched(fast, models.prompt(), max_new_tokens=30, seed=0, eos_token_id=[])
         assert [node.depth for node in search.trail] == list(range(7))  # deeper first
@@ -235,7 +257,9 @@ def test_a_constant_score_follows_the_documented_order() -> None:
 def test_the_first_of_equals_is_the_one_sampled_first() -> None:
     scored: list[tuple[int, ...]] = []
     register_scorer("noting", lambda cs: [scored.append(c.ids) or 0.5 for c in cs])
-    with tiny(knobs={"scorer": "noting", "step_border": "", "max_step": 5, "temperature": 1.0}) as fast:
+    with tiny(
+        knobs={"scorer": "noting", "step_border": "", "max_step": 5, "temperature": 1.0}
+    ) as fast:
         _, (search,) = searched(fast, models.prompt(), max_new_tokens=10, seed=0, eos_token_id=[])
     first = tuple(search.trail[1].tokens[0, 16:].tolist())
     assert first == scored[0] and len(scored) == 6
@@ -249,7 +273,9 @@ def test_f_never_falls_under_the_cost_of_change(aggregate: str) -> None:
     }  # fmt: skip
     for seed in range(3):
         with tiny(knobs=knobs) as fast:
-            _, (search,) = searched(fast, models.prompt(), max_new_tokens=24, seed=seed, eos_token_id=[])
+            _, (search,) = searched(
+                fast, models.prompt(), max_new_tokens=24, seed=seed, eos_token_id=[]
+            )
         values = [node.f for node in search.trail]
         assert len(values) > 8
         assert all(a <= b for a, b in pairwise(values))
@@ -258,18 +284,31 @@ def test_f_never_falls_under_the_cost_of_change(aggregate: str) -> None:
     falls = 0
     for seed in range(3):
         with tiny(knobs={**knobs, "cost": "drop", "aggregate": "last"}) as fast:
-            _, (search,) = searched(fast, models.prompt(), max_new_tokens=24, seed=seed, eos_token_id=[])
+            _, (search,) = searched(
+                fast, models.prompt(), max_new_tokens=24, seed=seed, eos_token_id=[]
+            )
         falls += sum(b.f < a.f for a, b in pairwise(search.trail))
     assert falls > 0
 
 
 def test_f_is_cost_plus_estimate() -> None:
     given = {(): 1.0}
-    register_scorer("fixed", lambda cs: [given.setdefault(c.ids, random.Random(str(c.ids)).random()) for c in cs])
+    register_scorer(
+        "fixed",
+        lambda cs: [given.setdefault(c.ids, random.Random(str(c.ids)).random()) for c in cs],
+    )
     for cost in ("change", "drop", "length"):
-        knobs = {"scorer": "fixed", "step_border": "", "max_step": 4, "temperature": 1.0, "cost": cost}
+        knobs = {
+            "scorer": "fixed",
+            "step_border": "",
+            "max_step": 4,
+            "temperature": 1.0,
+            "cost": cost,
+        }
         with tiny(knobs=knobs) as fast:
-            _, (search,) = searched(fast, models.prompt(), max_new_tokens=24, seed=1, eos_token_id=[])
+            _, (search,) = searched(
+                fast, models.prompt(), max_new_tokens=24, seed=1, eos_token_id=[]
+            )
         for node in search.trail:
             ids = tuple(node.tokens[0, 16:].tolist())
             path = [given[ids[:n]] for n in (0, *node.step_ends)]
@@ -283,10 +322,23 @@ def test_f_is_cost_plus_estimate() -> None:
 def test_r_of_a_path() -> None:
     for aggregate in ("last", "min", "product"):
         given: dict[tuple[int, ...], float] = {}
-        register_scorer("fixed", lambda cs, g=given: [g.setdefault(c.ids, 0.5 + 0.5 * random.Random(str(c.ids)).random()) for c in cs])
-        knobs = {"scorer": "fixed", "step_border": "", "max_step": 4, "temperature": 1.0, "aggregate": aggregate}
+        register_scorer(
+            "fixed",
+            lambda cs, g=given: [
+                g.setdefault(c.ids, 0.5 + 0.5 * random.Random(str(c.ids)).random()) for c in cs
+            ],
+        )
+        knobs = {
+            "scorer": "fixed",
+            "step_border": "",
+            "max_step": 4,
+            "temperature": 1.0,
+            "aggregate": aggregate,
+        }
         with tiny(knobs=knobs) as fast:
-            _, (search,) = searched(fast, models.prompt(), max_new_tokens=24, seed=1, eos_token_id=[])
+            _, (search,) = searched(
+                fast, models.prompt(), max_new_tokens=24, seed=1, eos_token_id=[]
+            )
         for node in search.trail[1:]:
             ids = tuple(node.tokens[0, 16:].tolist())
             path = torch.tensor([given[ids[:n]] for n in node.step_ends], dtype=torch.float64)
@@ -326,7 +378,13 @@ def test_all_tokens_are_counted_and_limited(emitted: list[int], max_tokens: int)
 
 
 def test_frontier_is_capped_and_equals_are_merged() -> None:
-    knobs = {"scorer": "chance", "max_frontier": 4, "max_step": 4, "step_border": "", "cost": "length"}
+    knobs = {
+        "scorer": "chance",
+        "max_frontier": 4,
+        "max_step": 4,
+        "step_border": "",
+        "cost": "length",
+    }
     with tiny(knobs=knobs) as fast:
         fast.generate(models.prompt(), max_new_tokens=NEW, seed=0, eos_token_id=[])
         assert fast.activity[f"{NAME}.peak_frontier"] == 4
@@ -371,13 +429,19 @@ def test_caches_are_counted_and_can_be_dropped() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("keep_caches", [True, False])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_a_stored_node_goes_on_as_a_fresh_prefill(family: str, keep_caches: bool, is_padded: bool) -> None:
+def test_a_stored_node_goes_on_as_a_fresh_prefill(
+    family: str, keep_caches: bool, is_padded: bool
+) -> None:
     model = models.tiny_model(family)
     knobs = {"scorer": "chance", "max_step": 5, "step_border": "", "keep_caches": keep_caches}
-    inputs = models.padded([models.prompt(1, n, seed=n)[0] for n in ((9, 14) if is_padded else (14,))])
+    inputs = models.padded(
+        [models.prompt(1, n, seed=n)[0] for n in ((9, 14) if is_padded else (14,))]
+    )
     row = 0
     with hasten.apply(model, plan(**knobs)) as fast:
-        run = fast._run(inputs["input_ids"], inputs["attention_mask"], {"max_new_tokens": NEW, "seed": 0})
+        run = fast._run(
+            inputs["input_ids"], inputs["attention_mask"], {"max_new_tokens": NEW, "seed": 0}
+        )
         for technique, bound in fast.bound:
             run.states[id(technique)] = technique.begin(run, bound)
         state = run.states[id(fast.bound[0][0])]
@@ -414,7 +478,9 @@ def test_rows_of_a_batch(dtype: torch.dtype) -> None:
 def test_rows_may_end_at_different_lengths(task: LlamaForCausalLM) -> None:
     register_scorer("oracle", oracle)
     ids = torch.tensor([[1], [TASK.index(";5\n")], [TASK.index(";6\n")]])
-    with hasten.apply(task, plan(scorer="oracle", num_children=8), tokenizer=task_tokenizer()) as fast:
+    with hasten.apply(
+        task, plan(scorer="oracle", num_children=8), tokenizer=task_tokenizer()
+    ) as fast:
         out = fast.generate(ids, max_new_tokens=LENGTH, seed=0, pad_token_id=1)
         assert out.shape == (3, 1 + LENGTH)
         assert [int((row == 1).sum()) for row in out] == [1, LENGTH - 5, LENGTH - 3]
@@ -440,7 +506,12 @@ def test_scoring_a_given_text_is_unchanged() -> None:
 def test_stop_strings_make_a_goal() -> None:
     tokenizer = models.tiny_tokenizer()
     with tiny(knobs={"scorer": "constant", "temperature": 1.5, "max_step": 6}) as fast:
-        arguments = {"max_new_tokens": 100, "seed": 0, "eos_token_id": [], "stop_strings": ["Q", "7"]}
+        arguments = {
+            "max_new_tokens": 100,
+            "seed": 0,
+            "eos_token_id": [],
+            "stop_strings": ["Q", "7"],
+        }
         sequences, (search,) = searched(fast, models.prompt(), tokenizer=tokenizer, **arguments)
     text = tokenizer.decode(sequences[0, 16:])
     assert len(text) < 100 and text[-1] in "Q7" and not set(text[:-1]) & set("Q7")
@@ -465,12 +536,18 @@ def test_noise_takes_the_advantage_away(task: LlamaForCausalLM) -> None:
     def noisy(sigma: float) -> str:
         def score(candidates: Sequence[Candidate]) -> list[float]:
             noise = [random.Random(str(c.ids)).gauss(0, sigma) for c in candidates]
-            return [min(1.0, max(0.0, value + n)) for value, n in zip(oracle(candidates), noise, strict=True)]
+            return [
+                min(1.0, max(0.0, value + n))
+                for value, n in zip(oracle(candidates), noise, strict=True)
+            ]
 
         register_scorer("noisy", score)
         return "noisy"
 
-    right = [solve(task, scorer=noisy(sigma), num_children=4, max_tokens=150)[1] for sigma in (0.0, 1.0, 20.0)]
+    right = [
+        solve(task, scorer=noisy(sigma), num_children=4, max_tokens=150)[1]
+        for sigma in (0.0, 1.0, 20.0)
+    ]
     assert right[0] > right[1] > right[2]
 
 
@@ -531,7 +608,9 @@ def test_borders(text: str, border: str, reached: bool) -> None:
 
 def candidate(prompt: str, text: str) -> Candidate:
     tokenizer = models.tiny_tokenizer()
-    prompt_ids, ids = (tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (prompt, text))
+    prompt_ids, ids = (
+        tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (prompt, text)
+    )
     return Candidate(prompt_ids, ids, (-1.0, -2.0), (2,), False, tokenizer)
 
 
@@ -565,7 +644,9 @@ def test_likelihood_is_that_of_the_raw_logits() -> None:
     with hasten.apply(model, plan(**knobs), tokenizer=models.tiny_tokenizer()) as fast:
         fast.generate(ids, max_new_tokens=NEW, seed=0, repetition_penalty=1.3)
     for c in seen:
-        assert c.prompt_ids == tuple(ids[0].tolist()) and c.step_ends[-1] == len(c.ids) == len(c.log_probs)
+        assert c.prompt_ids == tuple(ids[0].tolist()) and c.step_ends[-1] == len(c.ids) == len(
+            c.log_probs
+        )
         full = torch.tensor([[*c.prompt_ids, *c.ids]])
         with torch.no_grad():
             log_probs = model(input_ids=full, use_cache=False).logits[0, :-1].log_softmax(dim=-1)
@@ -591,10 +672,16 @@ def test_an_unknown_scorer_is_named_with_the_nearest() -> None:
     assert find_scorer("parses") is scorers.parses
 
 
-@pytest.mark.parametrize(("returned", "message"), [([1.5], "from 0 to 1"), ([float("nan")], "from 0 to 1"), ([], "0 numbers")])
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [([1.5], "from 0 to 1"), ([float("nan")], "from 0 to 1"), ([], "0 numbers")],
+)
 def test_a_scorer_that_returns_no_scores_is_named(returned: list[float], message: str) -> None:
     register_scorer("broken", lambda candidates: returned)
-    with tiny(knobs={"scorer": "broken", "num_children": 1}) as fast, pytest.raises(HastenError, match=message):
+    with (
+        tiny(knobs={"scorer": "broken", "num_children": 1}) as fast,
+        pytest.raises(HastenError, match=message),
+    ):
         fast.generate(models.prompt(), max_new_tokens=NEW)
 
 
@@ -620,3 +707,53 @@ def test_composes_with_what_keeps_no_statistics(kv: str) -> None:
 def test_clashes(other: str) -> None:
     with pytest.raises(PlanError, match="leave one of them out"):
         Plan.parse(NAME, other)
+
+
+# ------------------------------------------------------------------------------- on the zoo
+
+
+@pytest.mark.zoo
+def test_a_verifier_helps_a_trained_model(zoo: Callable[[str], Path]) -> None:
+    """Share of continuations that parse: search above greedy is not asked for (greedy code is dull and
+    parses), but search above chance and above best-of-n, and an inverted verifier below greedy."""
+    register_scorer("inverted", lambda cs: [1 - value for value in scorers.parses(cs)])
+    subject = hasten.open_subject(zoo("code-lm-small"))
+    prompts = held_out_prompts(8)
+
+    def parsed(*chain: AStarDecoding) -> int:
+        found = 0
+        with hasten.apply(subject, *chain) as fast:
+            for seed, prompt in enumerate(prompts):
+                ids = subject.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")[
+                    "input_ids"
+                ]
+                out = fast.generate(ids, max_new_tokens=64, seed=seed)
+                text = scorers.decoded(subject.tokenizer, out[0, ids.shape[1] :].tolist())
+                found += bool(parses(prompt + text, prompt_chars=len(prompt)))
+        return found
+
+    greedy, search = parsed(), parsed(plan(max_tokens=250))
+    assert search >= greedy
+    assert search >= parsed(plan(max_tokens=250, scorer="chance")) + 3
+    assert search >= parsed(
+        plan(step_border="", max_step=1000, stop="best")
+    )  # best of three, as many tokens
+    assert parsed(plan(max_tokens=250, scorer="inverted")) <= greedy - 2
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """Beginnings of top-level functions in held-out files, right as far as they go."""
+    found: list[str] = []
+    for text in catalogue.held_out_files("code-lm-small"):
+        for start in range(0, len(text), 1500):
+            at = text.find("\ndef ", start)
+            piece = text[at + 1 : at + 401]
+            piece = piece[: piece.rfind("\n")]
+            judged = at >= 0 and parses(piece + "\nx\n", prompt_chars=len(piece)) is not None
+            if (
+                judged
+                and scorers.parses([candidate(piece + "\n", "")]) == [1.0]
+                and piece not in found
+            ):
+                found.append(piece)
+    return found[:: len(found) // count][:count]

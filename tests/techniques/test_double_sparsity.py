@@ -36,7 +36,9 @@ def uneven(batch: int, heads: int, length: int, dim: int, seed: int) -> Tensor:
     return torch.randn(batch, heads, length, dim, generator=generator) * scales
 
 
-def choose(technique: DoubleSparsity, query: Tensor, keys: Tensor, channels: Tensor, **view: Tensor) -> Tensor | None:
+def choose(
+    technique: DoubleSparsity, query: Tensor, keys: Tensor, channels: Tensor, **view: Tensor
+) -> Tensor | None:
     """What a fresh call of the technique reads in one decoding pass."""
     return technique.read(State([channels]), models.attention_view(query, keys, **view))
 
@@ -57,7 +59,9 @@ def oracle(query: Tensor, keys: Tensor, count: int) -> Tensor:
 
 @pytest.mark.parametrize("channels", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("budget", [1.0, 0.999])
-def test_reading_every_entry_is_dense_bit_for_bit(tiny_llama, budget: float, channels: float) -> None:
+def test_reading_every_entry_is_dense_bit_for_bit(
+    tiny_llama, budget: float, channels: float
+) -> None:
     model = tiny_llama()
     ids, continuation = models.prompt(2, 20), models.prompt(2, 12, seed=1)
     plain = hasten.apply(model)
@@ -158,7 +162,9 @@ def test_sinks_are_always_read_within_the_same_number() -> None:
 
 def test_pooled_heads_read_one_set_per_kv_head() -> None:
     query, keys = uneven(2, 4, 1, 16, 13), uneven(2, 2, 40, 16, 14)
-    chosen = choose(DoubleSparsity(budget=0.25, pooled=True), query, keys, torch.arange(16).expand(2, -1))
+    chosen = choose(
+        DoubleSparsity(budget=0.25, pooled=True), query, keys, torch.arange(16).expand(2, -1)
+    )
     assert chosen is not None and chosen.shape == (2, 2, 10)
     scores = query @ keys.repeat_interleave(2, dim=1).transpose(2, 3) * 0.25
     best = scores.softmax(dim=-1)[:, :, 0].unflatten(1, (2, 2)).amax(dim=2).topk(10).indices
@@ -218,14 +224,18 @@ def test_quantised_labels_are_smaller() -> None:
 
 def prepared(model: torch.nn.Module, statistic: str = "qk", steps: int = 2, seed: int = 0) -> Parts:
     subject = Subject(model, "tiny", tokenizer=models.tiny_tokenizer())
-    return DoubleSparsity(statistic=statistic).prepare(Preparation(subject, models.texts(), steps, seed))
+    return DoubleSparsity(statistic=statistic).prepare(
+        Preparation(subject, models.texts(), steps, seed)
+    )
 
 
 @pytest.mark.parametrize("statistic", ["qk", "q", "k"])
 def test_channels_are_ranked_by_all_calibration_tokens(tiny_llama, statistic: str) -> None:
     model = tiny_llama()
     found = prepared(model, statistic)["layers.0.channels"]
-    preparation = Preparation(Subject(model, "tiny", tokenizer=models.tiny_tokenizer()), models.texts())
+    preparation = Preparation(
+        Subject(model, "tiny", tokenizer=models.tiny_tokenizer()), models.texts()
+    )
     batches = list(preparation.batches(length=256, batch=CALIBRATION_BATCH, steps=2))
     ids = torch.cat(batches)
     layer = model.model.layers[0]

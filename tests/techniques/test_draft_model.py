@@ -49,14 +49,21 @@ def several(rows: int = 3) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("num_draft", [1, 3, 6])
-@pytest.mark.parametrize("draft", [{}, {"noise": 0.02}, {"seed": 1}], ids=["same", "similar", "stranger"])
+@pytest.mark.parametrize(
+    "draft", [{}, {"noise": 0.02}, {"seed": 1}], ids=["same", "similar", "stranger"]
+)
 def test_greedy_ids_stay_the_same(folder: Folder, draft: dict[str, float], num_draft: int) -> None:
     model = models.tiny_model()
     arguments = {"max_new_tokens": 32, "eos_token_id": NEVER}
     expected = model.generate(**several(), **arguments)
-    with hasten.apply(model, f"draft_model(draft='{folder(**draft)}', num_draft={num_draft})") as fast:
+    with hasten.apply(
+        model, f"draft_model(draft='{folder(**draft)}', num_draft={num_draft})"
+    ) as fast:
         assert torch.equal(fast.generate(**several(), **arguments), expected)
-        assert torch.equal(fast.generate(models.prompt(), **arguments), model.generate(models.prompt(), **arguments))
+        assert torch.equal(
+            fast.generate(models.prompt(), **arguments),
+            model.generate(models.prompt(), **arguments),
+        )
 
 
 def test_rows_that_end_at_different_times(folder: Folder) -> None:
@@ -65,29 +72,39 @@ def test_rows_that_end_at_different_times(folder: Folder) -> None:
     with hasten.apply(model, f"draft_model(draft='{folder(noise=0.02)}')") as fast:
         for token in {int(free[0, 25]), int(free[1, 30]), int(free[2, 41])}:
             arguments = {"max_new_tokens": 32, "eos_token_id": token, "pad_token_id": 0}
-            assert torch.equal(fast.generate(**several(), **arguments), model.generate(**several(), **arguments))
+            assert torch.equal(
+                fast.generate(**several(), **arguments), model.generate(**several(), **arguments)
+            )
 
 
 def test_a_penalty_counts_the_drafted_tokens_too(folder: Folder) -> None:
     model = models.tiny_model()
     arguments = {"max_new_tokens": 32, "eos_token_id": NEVER, "repetition_penalty": 1.7}
     with hasten.apply(model, f"draft_model(draft='{folder()}')") as fast:
-        assert torch.equal(fast.generate(**several(), **arguments), model.generate(**several(), **arguments))
+        assert torch.equal(
+            fast.generate(**several(), **arguments), model.generate(**several(), **arguments)
+        )
         assert fast.activity["draft_model.accepted"] == 3 * 32 - 3 * fast.activity["passes"]
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_an_identical_draft_model_is_always_right(folder: Folder, sample: bool) -> None:
     with hasten.apply(models.tiny_model(), f"draft_model(draft='{folder()}', num_draft=4)") as fast:
-        fast.generate(**several(), max_new_tokens=31, do_sample=sample, top_k=0, seed=2, eos_token_id=NEVER)
+        fast.generate(
+            **several(), max_new_tokens=31, do_sample=sample, top_k=0, seed=2, eos_token_id=NEVER
+        )
         assert fast.activity["passes"] == 1 + 6  # the prompt gives one token, every pass five
         assert fast.activity["draft_model.drafted"] == 3 * 6 * 4
         assert fast.activity["draft_model.accepted"] == 3 * 6 * 4
 
 
 @pytest.mark.parametrize("draft", [{"noise": 0.05}, {"seed": 1}], ids=["similar", "stranger"])
-@pytest.mark.parametrize("settings", [{"top_k": 0, "temperature": 0.8}, {"top_k": 3}, {"top_p": 0.7}])
-def test_sampling_keeps_the_distribution(folder: Folder, draft: dict[str, float], settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 0, "temperature": 0.8}, {"top_k": 3}, {"top_p": 0.7}]
+)
+def test_sampling_keeps_the_distribution(
+    folder: Folder, draft: dict[str, float], settings: dict[str, float]
+) -> None:
     size, new, draws = 5, 3, 4000
     shape = {"vocab_size": size, "initializer_range": 0.4}
     model = models.tiny_model(**shape)
@@ -101,11 +118,17 @@ def test_sampling_keeps_the_distribution(folder: Folder, draft: dict[str, float]
             expected = (expected[:, None] * probs).flatten()
             following = torch.arange(size).repeat(len(sequences))[:, None]
             sequences = torch.cat((sequences.repeat_interleave(size, 0), following), dim=1)
-    with hasten.apply(model, f"draft_model(draft='{folder(**shape, **draft)}', num_draft=2)") as fast:
+    with hasten.apply(
+        model, f"draft_model(draft='{folder(**shape, **draft)}', num_draft=2)"
+    ) as fast:
         out = fast.generate(ids.expand(draws, -1), seed=5, **arguments)
-        accepted, drafted = (fast.activity[f"draft_model.{what}"] for what in ("accepted", "drafted"))
+        accepted, drafted = (
+            fast.activity[f"draft_model.{what}"] for what in ("accepted", "drafted")
+        )
         assert 0 < accepted < drafted
-    counts = torch.bincount((out[:, -new:] * torch.tensor([size**2, size, 1])).sum(1), minlength=size**new)
+    counts = torch.bincount(
+        (out[:, -new:] * torch.tensor([size**2, size, 1])).sum(1), minlength=size**new
+    )
     assert goodness_of_fit(counts.tolist(), expected.tolist()).passes()
 
 
@@ -116,7 +139,11 @@ def test_sampling_keeps_the_distribution(folder: Folder, draft: dict[str, float]
 def test_the_draft_models_cache_is_that_of_a_fresh_prompt(folder: Folder, family: str) -> None:
     model, inputs = models.tiny_model(family), several()
     with hasten.apply(model, f"draft_model(draft='{folder(family=family, noise=0.02)}')") as fast:
-        run = fast._run(inputs["input_ids"], inputs["attention_mask"], {"max_new_tokens": 30, "eos_token_id": NEVER})
+        run = fast._run(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            {"max_new_tokens": 30, "eos_token_id": NEVER},
+        )
         for technique, bound in run.slots.entries():
             run.states[id(technique)] = technique.begin(run, bound)
         run.prefill()
@@ -137,8 +164,12 @@ def check_lane(run: Run) -> None:
         for ours, theirs in zip(lane.cache.layers, fresh.layers, strict=True):
             real = ours.positions[row, 0] >= 0
             assert ours.positions[row, 0, real].tolist() == list(range(tokens.shape[1]))
-            torch.testing.assert_close(ours.keys[row, :, real], theirs.keys[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(ours.values[row, :, real], theirs.values[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                ours.keys[row, :, real], theirs.keys[0], atol=1e-5, rtol=1e-5
+            )
+            torch.testing.assert_close(
+                ours.values[row, :, real], theirs.values[0], atol=1e-5, rtol=1e-5
+            )
 
 
 def test_its_cache_counts_in_the_peak(folder: Folder) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import hasten
-from hasten.causal.attention import AttentionView
+from hasten.causal.attention import CHUNK_ELEMENTS, AttentionView
 from hasten.causal.cache import GROWTH, KVCache
 from hasten.causal.kv.eviction import (
     allowance,
@@ -25,9 +27,20 @@ from hasten.causal.kv.heavy_hitter import HeavyHitter
 from hasten.causal.kv.running import Running, RunningScores, Size
 from hasten.causal.kv.sinks_recent import SinksRecent
 from tests import models
-from tests.techniques.caches import EVICTING, GREEDY, cache_of, called, held, knows, other, states, watched
+from tests.techniques.caches import (
+    EVICTING,
+    GREEDY,
+    cache_of,
+    called,
+    held,
+    knows,
+    made,
+    other,
+    states,
+    watched,
+)
+from tests.techniques.held_out import losses
 
-SCORED = ["prefix_kv", "elastic_cache", "d2o", "heavy_hitter"]
 ROWS = [60, 33, 3]  # lengths of a padded batch; the last is shorter than what always stays
 
 
@@ -37,7 +50,9 @@ def rows() -> list[Tensor]:
 
 def logits(model, plan: str, inputs: dict[str, Tensor], continuation: Tensor) -> Tensor:
     with hasten.apply(model, plan) as fast:
-        found = fast.score(inputs["input_ids"], continuation, inputs.get("attention_mask"), logits=True)
+        found = fast.score(
+            inputs["input_ids"], continuation, inputs.get("attention_mask"), logits=True
+        )
     assert found.logits is not None
     return found.logits
 
@@ -57,20 +72,20 @@ def test_a_whole_budget_watches_nothing(tiny_llama, monkeypatch) -> None:
     def computed(*args: object, **kwargs: object) -> None:
         raise AssertionError("attention was computed a second time")
 
-    monkeypatch.setattr(AttentionView, "probabilities", computed)
+    monkeypatch.setattr(AttentionView, "_weights", computed)
     for name in EVICTING:
         called(tiny_llama(), f"{name}(budget=1)", inputs=models.prompt(1, 40), new=4)
 
 
 def test_attention_is_computed_again_only_where_it_is_needed(tiny_llama, monkeypatch) -> None:
     passes: dict[str, int] = {}
-    original = AttentionView.probabilities
+    original = AttentionView._weights
 
-    def counted(self: AttentionView, start: int = 0, stop: int | None = None) -> Tensor:
+    def counted(self: AttentionView, start: int, stop: int, length: int) -> Tensor:
         passes[name] = passes.get(name, 0) + 1
-        return original(self, start, stop)
+        return original(self, start, stop, length)
 
-    monkeypatch.setattr(AttentionView, "probabilities", counted)
+    monkeypatch.setattr(AttentionView, "_weights", counted)
     for name in EVICTING:
         called(tiny_llama(), name, inputs=models.prompt(1, 40), new=4)
     assert passes == {
@@ -85,8 +100,10 @@ def test_attention_is_computed_again_only_where_it_is_needed(tiny_llama, monkeyp
 def test_the_budget_is_kept_and_the_rest_is_freed(tiny_llama, name: str) -> None:
     model, prompt = tiny_llama(num_hidden_layers=4), models.prompt(1, 200)
     lengths: list[list[int]] = []
-    kind = type(hasten.Plan.parse(name).entries[0].technique)
-    with watched(kind, lambda state, run, cache: lengths.append([layer.length for layer in cache.layers])):
+    kind = type(made(name))
+    with watched(
+        kind, lambda state, run, cache: lengths.append([layer.length for layer in cache.layers])
+    ):
         run = called(model, name, inputs=prompt, new=41)
     total = 200 if name in ("d2o", "heavy_hitter") else 240
     assert sum(lengths[0]) <= 4 * 50 + 4
@@ -143,7 +160,11 @@ def test_a_draft_that_is_rejected_leaves_nothing_behind(tiny_llama, name: str) -
 
 def scores_of(run) -> list[Tensor]:
     state = states(run)
-    return [state.scores[layer] for layer in run.lane.cache.layers] if isinstance(state, Running) else []
+    return (
+        [state.scores[layer] for layer in run.lane.cache.layers]
+        if isinstance(state, Running)
+        else []
+    )
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -163,6 +184,18 @@ def test_accepted_drafts_hold_the_budget_too(tiny_llama, name: str) -> None:
         most = max(5, math.ceil(total * 0.25)) + 1
         kept = [rows_held(layer)[row] for layer in run.lane.cache.layers]
         assert sum(kept) <= len(kept) * most
+
+
+@pytest.mark.parametrize("pads", [None, torch.tensor([0, 9])])
+@pytest.mark.parametrize("block", [30, 4, 1])
+def test_attention_received_is_the_same_in_parts(
+    block: int, pads: Tensor | None, monkeypatch
+) -> None:
+    view = models.attention_view(torch.randn(2, 4, block, 8), torch.randn(2, 2, 30, 8), pads=pads)
+    weights = view.probabilities() * (view.positions >= 0)[:, None, :, None]
+    torch.testing.assert_close(view.received(), weights.sum(dim=2))
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1000)
+    torch.testing.assert_close(view.received(), weights.sum(dim=2))
 
 
 # --------------------------------------------------------------------------- running scores
@@ -197,8 +230,12 @@ def test_scores_are_the_attention_of_committed_tokens_only(tiny_llama, heads: in
         drafted = called(model, Watcher(budget=0.5), knows(oracle), inputs=inputs, new=25)
         assert torch.equal(drafted.sequences(), truth)
         for row, tokens in enumerate((30 + 24, 21 + 24)):
-            for ours, theirs in zip(by_position(drafted, row), by_position(plain, row), strict=True):
-                if row == 0 and oracle is mixed:  # goes on repeating its last token until row 1 is done
+            for ours, theirs in zip(
+                by_position(drafted, row), by_position(plain, row), strict=True
+            ):
+                if (
+                    row == 0 and oracle is mixed
+                ):  # goes on repeating its last token until row 1 is done
                     assert ours.shape[1] >= tokens
                     continue
                 assert ours.shape == (heads, tokens)
@@ -216,7 +253,9 @@ def test_scores_follow_their_entries(tiny_llama) -> None:
     for layer, scores, whole in zip(run.lane.cache.layers, scores_of(run), everything, strict=True):
         assert layer.length == 16
         for head in range(2):
-            for position, score in zip(held(layer, head=head), scores[0, head].tolist(), strict=True):
+            for position, score in zip(
+                held(layer, head=head), scores[0, head].tolist(), strict=True
+            ):
                 wanted = whole[head, position].item() if position < 40 else 0.0
                 assert score == pytest.approx(wanted, abs=1e-5)
 
@@ -229,7 +268,7 @@ def test_heavy_hitters_are_the_best_of_the_old_and_all_of_the_new(tiny_llama) ->
         for row in range(2):
             for head in range(2):
                 old = scores[row, head, :36].topk(12).indices.tolist()
-                assert held(layer, row, head) == sorted(old) + [36, 37, 38, 39]
+                assert held(layer, row, head) == [*sorted(old), 36, 37, 38, 39]
 
 
 def test_decoding_pushes_out_the_lowest_score_but_never_a_recent_one(tiny_llama) -> None:
@@ -254,6 +293,18 @@ def test_decoding_pushes_out_the_lowest_score_but_never_a_recent_one(tiny_llama)
     finally:
         RunningScores._evict = original
     assert len(before) == 29 * 2 * 2 and len(set(before)) > 1
+
+
+@pytest.mark.zoo
+def test_scores_beat_chance_and_frozen_scores_on_held_out_code(zoo) -> None:
+    frozen, running = (
+        "heavy_hitter(recent_share=0.1, running=false)",
+        "heavy_hitter(recent_share=0.1)",
+    )
+    found = losses("heavy_hitter", "sinks_recent", "random_eviction", frozen, running)
+    assert found.surely_less("heavy_hitter", "random_eviction")
+    assert found.surely_less("sinks_recent", "random_eviction")
+    assert found.surely_less(running, frozen)
 
 
 # ------------------------------------------------------------------------- sinks and a window
@@ -295,11 +346,15 @@ def test_caches_without_statistics_may_be_forked(tiny_llama) -> None:
 # --------------------------------------------------------------------------------- by chance
 
 
-def test_chance_repeats_itself_spares_the_ends_and_differs_between_layers_and_seeds(tiny_llama) -> None:
+def test_chance_repeats_itself_spares_the_ends_and_differs_between_layers_and_seeds(
+    tiny_llama,
+) -> None:
     model, prompt = tiny_llama(), models.prompt(1, 120)
 
     def kept(plan: str, new: int = 1) -> list[list[int]]:
-        return [held(layer) for layer in called(model, plan, inputs=prompt, new=new).lane.cache.layers]
+        return [
+            held(layer) for layer in called(model, plan, inputs=prompt, new=new).lane.cache.layers
+        ]
 
     first = kept("random_eviction")
     assert first == kept("random_eviction") != kept("random_eviction(seed=1)")
@@ -311,11 +366,13 @@ def test_chance_repeats_itself_spares_the_ends_and_differs_between_layers_and_se
 def test_chance_is_even() -> None:
     """Over many seeds, each middle entry of a prompt stays equally often."""
     counts = torch.zeros(40)
-    technique = hasten.Plan.parse("random_eviction").entries[0].technique
+    technique = made("random_eviction")
     generator = technique.begin(None, None)
     for _ in range(400):
         cache = cache_of(torch.randn(1, 1, 40, 2))
-        technique._evict(generator, cache.layers[0], [40], [30])
+        lane = SimpleNamespace(filled=torch.tensor([40]))
+        run = SimpleNamespace(lane=lane, pads=torch.tensor([0]), activity=Counter())
+        technique.compress(generator, run, cache)
         counts[held(cache.layers[0])] += 1
     assert counts[:4].tolist() == [400] * 4 and counts[39] == 400
     middle = counts[4:39]
@@ -328,7 +385,14 @@ def test_chance_is_even() -> None:
 
 @pytest.mark.parametrize(
     ("seen", "share", "least", "wanted"),
-    [(10, 0.3, 1, 3), (10, 0.31, 1, 4), (1000, 0.3, 1, 300), (7, 0.01, 5, 5), (3, 1.0, 5, 5), (2048, 0.25, 5, 512)],
+    [
+        (10, 0.3, 1, 3),
+        (10, 0.31, 1, 4),
+        (1000, 0.3, 1, 300),
+        (7, 0.01, 5, 5),
+        (3, 1.0, 5, 5),
+        (2048, 0.25, 5, 512),
+    ],
 )
 def test_allowance(seen: int, share: float, least: int, wanted: int) -> None:
     assert allowance(seen, share, least) == wanted
@@ -351,7 +415,8 @@ def test_must_stay_goes_by_positions_and_takes_holes_in() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "distance", "wanted"), [(100, -25, 75), (100, 10, 10), (30, -25, 5), (28, -25, 14), (5, -25, 4), (10, 25, 5)]
+    ("kept", "distance", "wanted"),
+    [(100, -25, 75), (100, 10, 10), (30, -25, 5), (28, -25, 14), (5, -25, 4), (10, 25, 5)],
 )
 def test_deletion_slot(kept: int, distance: int, wanted: int) -> None:
     assert deletion_slot(kept, distance, num_sinks=4) == wanted

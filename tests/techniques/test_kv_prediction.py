@@ -146,9 +146,17 @@ def test_gradient_reaches_the_auxiliary_through_the_prediction_only() -> None:
         tensor.requires_grad_(True)
     training.loss(weights, ids).backward()
     last = "aux.model.layers.1."
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):  # behind the last projections
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ):  # behind the last projections
         assert weights[f"{last}{name}.weight"].grad is None
-    for name in (f"{last}self_attn.k_proj", f"{last}self_attn.v_proj", "aux.model.layers.0.mlp.down_proj"):
+    for name in (
+        f"{last}self_attn.k_proj",
+        f"{last}self_attn.v_proj",
+        "aux.model.layers.0.mlp.down_proj",
+    ):
         assert weights[f"{name}.weight"].grad.abs().max() > 0  # type: ignore[union-attr]
     cut = {name: t.detach().clone() for name, t in weights.items()}
     for name in cut:
@@ -191,7 +199,9 @@ def test_the_base_reads_the_prediction_and_a_wrong_layer_map_hurts(trained_parts
     exact = mean_nll("", trained_parts)
     predicted = mean_nll("kv_prediction", trained_parts)
     shuffled = mean_nll("kv_prediction", trained_parts, shuffle=True)
-    assert predicted < exact + 0.1  # below it even, where the auxiliary learned what the base had not
+    assert (
+        predicted < exact + 0.1
+    )  # below it even, where the auxiliary learned what the base had not
     assert shuffled > predicted + 0.3
 
 
@@ -204,7 +214,10 @@ def test_without_the_kv_loss_predictions_are_further_off(trained_parts: Parts) -
     for parts in (trained_parts, without):
         weights = {name: tensor.float() for name, tensor in parts.items()}
         with torch.no_grad():
-            terms = [Training.of(model, 0.5, aux_weight=0.0, kv_weight=w).loss(weights, ids) for w in (0.0, 1.0)]
+            terms = [
+                Training.of(model, 0.5, aux_weight=0.0, kv_weight=w).loss(weights, ids)
+                for w in (0.0, 1.0)
+            ]
         loss.append(float(terms[0]))
         distance.append(float(terms[1] - terms[0]))
     assert distance[1] > 1.2 * distance[0]
@@ -214,7 +227,10 @@ def test_without_the_kv_loss_predictions_are_further_off(trained_parts: Parts) -
 
 def prefill_flops(model: PreTrainedModel, plan: str, parts: Parts, length: int = 96) -> int:
     """Operations of the prompt and one token."""
-    with hasten.apply(model, plan, parts={"kv_prediction": parts}) as fast, FlopCounterMode(display=False) as counter:
+    with (
+        hasten.apply(model, plan, parts={"kv_prediction": parts}) as fast,
+        FlopCounterMode(display=False) as counter,
+    ):
         fast.generate(prompt(1, length), max_new_tokens=1)
     return counter.get_total_flops()
 
@@ -223,7 +239,10 @@ def test_the_cost_follows_the_auxiliary_and_not_the_base() -> None:
     shape = {"hidden_size": 64, "intermediate_size": 256}
     shallow, deep = (tiny_model(num_hidden_layers=n, **shape) for n in (8, 16))
     plans = {n: f"kv_prediction(aux_layers={n / 8})" for n in (2, 4, 8)}
-    cost = {n: prefill_flops(shallow, plan, untrained_parts(shallow, n / 8)) for n, plan in plans.items()}
+    cost = {
+        n: prefill_flops(shallow, plan, untrained_parts(shallow, n / 8))
+        for n, plan in plans.items()
+    }
     exact = {model: prefill_flops(model, "", {}) for model in (shallow, deep)}
     assert exact[deep] > 1.9 * exact[shallow]
     assert cost[2] < cost[4] < cost[8]
@@ -256,12 +275,16 @@ def test_rows_do_not_disturb_each_other() -> None:
 def test_the_cache_holds_the_prediction_and_then_the_bases_own_entries() -> None:
     model = tiny_model(num_hidden_layers=4)
     ids = prompt(1, 10)
-    with hasten.apply(model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}) as fast:
+    with hasten.apply(
+        model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}
+    ) as fast:
         run = fast._run(ids, None, {"max_new_tokens": 4})
         fast._execute(run)
         predicted = fast.bound[0][1].predict(block_of(ids[:, :-1]))
     cache = run.lane.cache
-    assert cache.block == 0 and cache.layers[0].length == 10 + 3  # the newest token is still to be run
+    assert (
+        cache.block == 0 and cache.layers[0].length == 10 + 3
+    )  # the newest token is still to be run
     assert cache.layers[0].positions[0, 0].tolist() == list(range(13))
     for layer, (key, value) in zip(cache.layers, predicted, strict=True):
         assert torch.equal(layer.keys[:, :, :9], key)
@@ -272,7 +295,9 @@ def test_it_changes_the_output_and_undo_brings_it_back() -> None:
     model = tiny_model()
     ids = prompt(2, 12)
     before = model.generate(ids, max_new_tokens=8)
-    with hasten.apply(model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}) as fast:
+    with hasten.apply(
+        model, "kv_prediction", parts={"kv_prediction": untrained_parts(model)}
+    ) as fast:
         assert not torch.equal(fast.generate(ids, max_new_tokens=8), before)
     assert torch.equal(model.generate(ids, max_new_tokens=8), before)
 
@@ -305,12 +330,16 @@ def test_other_families_are_refused_in_one_line(family: str) -> None:
         lambda: hasten.apply(model, "kv_prediction", parts={"kv_prediction": {}}),
         lambda: get("kv_prediction")().prepare(preparation(model, steps=1)),
     ):
-        with pytest.raises(SubjectError, match=r"kv_prediction cannot run on .*; leave it out") as error:
+        with pytest.raises(
+            SubjectError, match=r"kv_prediction cannot run on .*; leave it out"
+        ) as error:
             refused()
         assert "\n" not in str(error.value)
 
 
-def test_a_family_that_makes_its_keys_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_makes_its_keys_otherwise_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The check compares with the model's own cache, so it needs no list of families."""
     model = tiny_model()
     attention = model.get_decoder().layers[1].self_attn

@@ -50,7 +50,9 @@ def trained_parts() -> Parts:
     return tune(preparation(trained_llama(), steps=120), depth=3, alpha=0.9, rank=8)
 
 
-def generate(plan: str, parts: Parts, ids: Tensor, model: PreTrainedModel, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
+def generate(
+    plan: str, parts: Parts, ids: Tensor, model: PreTrainedModel, **arguments: Any
+) -> tuple[Tensor, dict[str, Any]]:
     """New ids, and the counters."""
     with hasten.apply(model, plan, parts={NAME: parts}) as fast:
         out = fast.generate(ids, **{"max_new_tokens": 40, **arguments})
@@ -203,7 +205,8 @@ def verdict(guesses: list[list[tuple[int, float]]], **knobs: Any) -> list[list[i
     batch, depth = len(guesses), len(guesses[0]) - 1
     settings = Settings(max_new_tokens=99)
     run: Any = SimpleNamespace(
-        tokens=torch.zeros(batch, 8, dtype=torch.long), sampler=Sampler(settings, torch.device("cpu"))
+        tokens=torch.zeros(batch, 8, dtype=torch.long),
+        sampler=Sampler(settings, torch.device("cpu")),
     )
     run.node_scores = lambda draft, logits: logits
     draft = Draft.chain(torch.full((batch, depth), 96))
@@ -284,7 +287,10 @@ def test_faster_as_the_threshold_falls_and_better_as_it_rises(trained_parts: Par
     model, ids = trained_llama(), held_out(10, 60)
     passes, nll = [], []
     for threshold in (0.3, 0.6, 0.8, 0.9, 0.97, 1.5):
-        single = [generate(f"{NAME}(threshold={threshold})", trained_parts, row[None], model) for row in ids]
+        single = [
+            generate(f"{NAME}(threshold={threshold})", trained_parts, row[None], model)
+            for row in ids
+        ]
         passes.append(sum(activity["passes"] for _, activity in single))
         texts = torch.cat([found for found, _ in single])
         with torch.no_grad():
@@ -354,7 +360,9 @@ def test_every_family_ends_where_it_should(family: str, dtype: torch.dtype) -> N
     model = tiny_model(family, dtype=dtype, max_position_embeddings=32, eos_token_id=None)
     parts = random_parts(model)
     for new in (1, 2, 3, 7, 20):  # 20 fills the context to its end
-        found, activity = generate(f"{NAME}(threshold=0.0)", parts, prompt(2, 12), model, max_new_tokens=new)
+        found, activity = generate(
+            f"{NAME}(threshold=0.0)", parts, prompt(2, 12), model, max_new_tokens=new
+        )
         assert found.shape == (2, new)
         assert activity["emitted"] == 2 * new
         assert activity["passes"] <= new
@@ -380,15 +388,21 @@ def test_sampling_and_penalties_are_the_tuned_models(trained_parts: Parts) -> No
     ):
         with hasten.apply(twin) as plain:
             expected = plain.generate(ids, max_new_tokens=30, **arguments)[:, 40:]
-        found, _ = generate(f"{NAME}(threshold=1.5)", trained_parts, ids, model, max_new_tokens=30, **arguments)
+        found, _ = generate(
+            f"{NAME}(threshold=1.5)", trained_parts, ids, model, max_new_tokens=30, **arguments
+        )
         assert torch.equal(found, expected)
-    first, activity = generate(f"{NAME}(threshold=0.7)", trained_parts, ids, model, repetition_penalty=1.3)
+    first, activity = generate(
+        f"{NAME}(threshold=0.7)", trained_parts, ids, model, repetition_penalty=1.3
+    )
     assert activity["passes"] < 40 and first.shape == (2, 40)
 
 
 def test_more_placeholders_than_were_trained_are_refused() -> None:
     model = tiny_model()
-    with pytest.raises(PlanError, match=r"num_draft=5, but .* at most 3; lower it or prepare again"):
+    with pytest.raises(
+        PlanError, match=r"num_draft=5, but .* at most 3; lower it or prepare again"
+    ):
         hasten.apply(model, f"{NAME}(num_draft=5)", parts={NAME: random_parts(model)})
 
 
@@ -407,7 +421,9 @@ def test_training_leaves_the_model_alone_and_full_rank_works() -> None:
 def test_prepared_parts_are_found_again() -> None:
     model = tiny_model()
     ready = preparation(model)
-    hasten.prepare(model, f"{NAME}(rank=2)", texts=ready.texts[:8], steps=1, tokenizer=ready.subject.tokenizer)
+    hasten.prepare(
+        model, f"{NAME}(rank=2)", texts=ready.texts[:8], steps=1, tokenizer=ready.subject.tokenizer
+    )
     with hasten.apply(model, f"{NAME}(rank=2, num_draft=1)") as fast:
         assert fast.generate(prompt(), max_new_tokens=4).shape[0] == 1
     with pytest.raises(PlanError, match="has no trained part"):

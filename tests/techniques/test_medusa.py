@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 import hasten
 from hasten.causal.acceptor.typical import best_paths, threshold
-from hasten.causal.drafter.heads import head_states, last_states, lm_logits, rank_accuracy, untrained_heads
+from hasten.causal.drafter.heads import (
+    head_states,
+    last_states,
+    lm_logits,
+    rank_accuracy,
+    untrained_heads,
+)
 from hasten.causal.drafter.medusa import Medusa
 from hasten.causal.engine import CausalModel
 from hasten.causal.run import Run
@@ -61,7 +67,11 @@ def trained_parts() -> Parts:
 
 def begun(fast: CausalModel, inputs: dict[str, Tensor], new: int = 40) -> Run:
     """A call whose prompt has been run, stopped before its first draft."""
-    run = fast._run(inputs["input_ids"], inputs.get("attention_mask"), {"max_new_tokens": new, "eos_token_id": NEVER})
+    run = fast._run(
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        {"max_new_tokens": new, "eos_token_id": NEVER},
+    )
     for technique, bound in run.slots.entries():
         run.states[id(technique)] = technique.begin(run, bound)
     run.prefill()
@@ -86,10 +96,14 @@ def test_greedy_ids_stay_the_same_with_any_tree(plan: str, scale: float) -> None
         assert fast.activity["medusa.drafted"] > 0
         for row in range(3):
             one = {"input_ids": models.prompt(1, 9 + 4 * row, seed=row)}
-            assert torch.equal(fast.generate(**one, **arguments), model.generate(**one, **arguments))
+            assert torch.equal(
+                fast.generate(**one, **arguments), model.generate(**one, **arguments)
+            )
 
 
-@pytest.mark.parametrize("plan", ["medusa(num_nodes=7)", "medusa(num_nodes=20)", "medusa(tree=chain)"])
+@pytest.mark.parametrize(
+    "plan", ["medusa(num_nodes=7)", "medusa(num_nodes=20)", "medusa(tree=chain)"]
+)
 def test_two_hundred_prompts_give_the_same_ids_with_trained_heads(plan: str) -> None:
     model = trained_llama()
     ids = torch.cat([held_out(10, 24 + 4 * shift)[:, -24:] for shift in range(20)])
@@ -100,12 +114,16 @@ def test_two_hundred_prompts_give_the_same_ids_with_trained_heads(plan: str) -> 
         assert fast.activity["medusa.accepted"] > 200 * 8
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "mixtral"]
+)
 def test_other_families(family: str) -> None:
     model = models.tiny_model(family)
     expected = model.generate(**several(), max_new_tokens=16, eos_token_id=NEVER)
     with put(model, "medusa(num_nodes=9)", random_parts(model)) as fast:
-        assert torch.equal(fast.generate(**several(), max_new_tokens=16, eos_token_id=NEVER), expected)
+        assert torch.equal(
+            fast.generate(**several(), max_new_tokens=16, eos_token_id=NEVER), expected
+        )
 
 
 @pytest.mark.parametrize("plan", ["medusa(num_nodes=20)", "medusa(num_heads=6, tree=chain)"])
@@ -204,13 +222,23 @@ def test_sampling_keeps_the_distribution(plan: str) -> None:
         probs = (model(sequences).logits[:, -1] / 0.8).softmax(dim=-1)
         expected = (expected[:, None] * probs).flatten()
         sequences = torch.cat(
-            (sequences.repeat_interleave(size, 0), torch.arange(size).repeat(len(sequences))[:, None]), dim=1
+            (
+                sequences.repeat_interleave(size, 0),
+                torch.arange(size).repeat(len(sequences))[:, None],
+            ),
+            dim=1,
         )
     parts = random_parts(model)
     parts["accuracy"] = parts["accuracy"][:, :size]
     with put(model, plan, parts) as fast:
         out = fast.generate(
-            ids.expand(draws, -1), max_new_tokens=new, do_sample=True, top_k=0, temperature=0.8, seed=5, eos_token_id=NEVER
+            ids.expand(draws, -1),
+            max_new_tokens=new,
+            do_sample=True,
+            top_k=0,
+            temperature=0.8,
+            seed=5,
+            eos_token_id=NEVER,
         )
         assert fast.activity["medusa.accepted"] > draws / 4
     places = torch.tensor([size**2, size, 1])
@@ -226,13 +254,17 @@ def test_an_untrained_head_is_the_lm_head() -> None:
     hidden = last_states(model, models.prompt(2, 20))
     for weight, bias in zip(*untrained_heads(model, 3).values(), strict=True):
         assert torch.equal(head_states(hidden, weight, bias), hidden)
-        assert torch.equal(lm_logits(model, head_states(hidden, weight, bias)), model(models.prompt(2, 20)).logits)
+        assert torch.equal(
+            lm_logits(model, head_states(hidden, weight, bias)), model(models.prompt(2, 20)).logits
+        )
     with put(model, "medusa", untrained_parts(model)) as fast:
         run = begun(fast, several(2))
         (_, bound), *_ = fast.bound
         logits = bound.logits(run.last.hidden[:, -1])
         for head in range(logits.shape[1]):
-            torch.testing.assert_close(logits[:, head], run.last.logits[:, -1], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(
+                logits[:, head], run.last.logits[:, -1], atol=1e-6, rtol=1e-6
+            )
 
 
 def test_training_leaves_the_model_as_it_is() -> None:
@@ -274,7 +306,9 @@ def test_accepted_length_grows_with_nodes_and_stays_below_the_heads() -> None:
     passes = []
     for num_nodes in (1, 3, 8, 24):
         with put(model, f"medusa(num_nodes={num_nodes})", trained_parts()) as fast:
-            chunks = [chunk.numel() for chunk in fast.stream(ids, max_new_tokens=100, eos_token_id=NEVER)]
+            chunks = [
+                chunk.numel() for chunk in fast.stream(ids, max_new_tokens=100, eos_token_id=NEVER)
+            ]
             assert sum(chunks) == 100 and max(chunks) <= 1 + 3
             assert fast.activity["medusa.accepted"] == 100 - fast.activity["passes"]
             passes.append(fast.activity["passes"])
@@ -296,16 +330,24 @@ def test_the_tuned_tree_beats_random_trees_of_the_same_size() -> None:
 
 def test_eps_of_zero_takes_a_whole_path_every_time() -> None:
     model = models.tiny_model()
-    with put(model, "medusa(acceptance=typical, eps=0.0, num_nodes=20)", random_parts(model)) as fast:
+    with put(
+        model, "medusa(acceptance=typical, eps=0.0, num_nodes=20)", random_parts(model)
+    ) as fast:
         depth = fast.bound[0][1].tree.depth
-        chunks = list(fast.stream(models.prompt(1, 12), max_new_tokens=41, do_sample=True, top_k=0, eos_token_id=NEVER))
+        chunks = list(
+            fast.stream(
+                models.prompt(1, 12), max_new_tokens=41, do_sample=True, top_k=0, eos_token_id=NEVER
+            )
+        )
         assert depth == 3 and [chunk.numel() for chunk in chunks] == [1] + [1 + depth] * 10
 
 
 def test_eps_of_one_and_a_large_delta_take_nothing() -> None:
     model = trained_llama()
     with put(model, "medusa(acceptance=typical, eps=1.0, delta=1e9)", trained_parts()) as fast:
-        fast.generate(held_out(2, 30), max_new_tokens=30, do_sample=True, seed=1, eos_token_id=NEVER)
+        fast.generate(
+            held_out(2, 30), max_new_tokens=30, do_sample=True, seed=1, eos_token_id=NEVER
+        )
         assert fast.activity["passes"] == 30 and "medusa.accepted" not in fast.activity
 
 
@@ -314,7 +356,9 @@ def test_typical_acceptance_keeps_more_than_exact_sampling() -> None:
     accepted = {}
     for acceptance in ("exact", "typical"):
         with put(model, f"medusa(acceptance={acceptance})", trained_parts()) as fast:
-            fast.generate(ids, max_new_tokens=40, do_sample=True, top_k=0, seed=1, eos_token_id=NEVER)
+            fast.generate(
+                ids, max_new_tokens=40, do_sample=True, top_k=0, seed=1, eos_token_id=NEVER
+            )
             accepted[acceptance] = fast.activity["medusa.accepted"]
     assert accepted["typical"] > accepted["exact"] > 0
 
@@ -349,5 +393,6 @@ def test_parts_survive_the_disk(data_folder: Path) -> None:
     hasten.prepare(model, technique, texts=made.texts, steps=1, tokenizer=made.subject.tokenizer)
     with hasten.apply(model, technique) as fast:
         assert torch.equal(
-            fast.generate(ids, max_new_tokens=20), model.generate(ids, max_new_tokens=20, do_sample=False)
+            fast.generate(ids, max_new_tokens=20),
+            model.generate(ids, max_new_tokens=20, do_sample=False),
         )

@@ -16,7 +16,9 @@ from tests import models
 GREEDY = {"max_new_tokens": 40, "eos_token_id": -1}
 
 
-def look(*rows: list[int], pads: list[int] | None = None, lengths: list[int] | None = None, **knobs: int) -> Any:
+def look(
+    *rows: list[int], pads: list[int] | None = None, lengths: list[int] | None = None, **knobs: int
+) -> Any:
     """`lookup` on rows of equal length, as lists."""
     tokens = torch.tensor(rows)
     settings = {"num_draft": 3, "max_ngram": 3, "min_ngram": 1} | knobs
@@ -55,18 +57,24 @@ def test_padding_and_what_lies_behind_a_row_are_not_searched() -> None:
 
 def repeating(rows: int = 3) -> dict[str, Tensor]:
     """Prompts of different lengths, each a stretch that repeats."""
-    stretches = [models.prompt(1, 9, seed=seed)[0].repeat(3)[: 20 + 3 * seed] for seed in range(rows)]
+    stretches = [
+        models.prompt(1, 9, seed=seed)[0].repeat(3)[: 20 + 3 * seed] for seed in range(rows)
+    ]
     return models.padded(stretches)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-@pytest.mark.parametrize("knobs", ["min_ngram=1", "min_ngram=1, num_draft=9, max_ngram=1", "min_ngram=2"])
+@pytest.mark.parametrize(
+    "knobs", ["min_ngram=1", "min_ngram=1, num_draft=9, max_ngram=1", "min_ngram=2"]
+)
 def test_greedy_ids_stay_the_same(family: str, knobs: str) -> None:
     model, inputs = models.tiny_model(family), repeating()
     expected = model.generate(**inputs, **GREEDY)
     with hasten.apply(model, f"prompt_lookup({knobs})") as fast:
         assert torch.equal(fast.generate(**inputs, **GREEDY), expected)
-        accepted, drafted = (fast.activity.get(f"prompt_lookup.{what}", 0) for what in ("accepted", "drafted"))
+        accepted, drafted = (
+            fast.activity.get(f"prompt_lookup.{what}", 0) for what in ("accepted", "drafted")
+        )
         assert accepted <= drafted
         assert 3 * 40 - accepted <= 3 * fast.activity["passes"]
 

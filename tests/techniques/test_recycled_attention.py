@@ -21,7 +21,9 @@ ARGUMENTS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1}
 NAME = "recycled_attention"
 
 
-def logits(model: Any, technique: RecycledAttention | str, prompt: Tensor, continuation: Tensor) -> Tensor:
+def logits(
+    model: Any, technique: RecycledAttention | str, prompt: Tensor, continuation: Tensor
+) -> Tensor:
     fast = hasten.apply(model, technique)
     found = fast.score(prompt, continuation, logits=True).logits
     fast.undo()
@@ -83,7 +85,10 @@ def test_neighbours_of_an_attended_entry_are_chosen_with_it() -> None:
 
 def test_the_prompt_chooses_by_its_last_row() -> None:
     query, keys = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
-    prompt, alone = models.attention_view(query, keys), models.attention_view(query[:, :, -1:], keys)
+    prompt, alone = (
+        models.attention_view(query, keys),
+        models.attention_view(query[:, :, -1:], keys),
+    )
     technique = RecycledAttention(budget=0.25)
     first, second = State(), State()
     assert technique.read(first, prompt) is None
@@ -261,7 +266,9 @@ def test_refreshing_beats_a_stale_and_a_random_choice(code) -> None:
         fast = hasten.apply(subject, technique)
         found = fast.score(ids[:, :512], ids[:, 512:])
         fast.undo()
-        read, skipped = (found.activity.get(f"{NAME}.entries_{what}", 0) for what in ("read", "skipped"))
+        read, skipped = (
+            found.activity.get(f"{NAME}.entries_{what}", 0) for what in ("read", "skipped")
+        )
         return found.nll.mean().item(), read / max(1, read + skipped)
 
     dense, _ = nll(RecycledAttention(budget=1.0))

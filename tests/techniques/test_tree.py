@@ -24,7 +24,10 @@ def random_accuracy(seed: int, heads: int = 3, ranks: int = 4) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("num_nodes", [1, 2, 7, 16, 40])
 def test_trees_are_topological_and_have_no_twins(seed: int, num_nodes: int) -> None:
-    for tree in (tuned_tree(random_accuracy(seed), num_nodes), random_tree(3, 4, num_nodes, seed=seed)):
+    for tree in (
+        tuned_tree(random_accuracy(seed), num_nodes),
+        random_tree(3, 4, num_nodes, seed=seed),
+    ):
         assert tree.num_nodes == num_nodes
         assert all(parent < node for node, parent in enumerate(tree.parents))
         children = list(zip(tree.parents, tree.ranks, strict=True))
@@ -72,7 +75,9 @@ def test_the_likeliest_path_stands_first() -> None:
 def test_chain() -> None:
     assert chain_tree(3, 8) == Tree((-1, 0, 1), (0, 0, 0))
     assert chain_tree(3, 2) == Tree((-1, 0), (0, 0))
-    assert chain_tree(3, 8).expected_tokens(ACCURACY) == pytest.approx(1 + 0.5 + 0.5 * 0.4 + 0.5 * 0.4 * 0.35)
+    assert chain_tree(3, 8).expected_tokens(ACCURACY) == pytest.approx(
+        1 + 0.5 + 0.5 * 0.4 + 0.5 * 0.4 * 0.35
+    )
 
 
 def test_random_trees_differ_by_seed_only() -> None:

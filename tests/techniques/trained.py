@@ -21,7 +21,9 @@ HELD_OUT = texts(12, seed=2)  # other programs by the same rule
 def trained_llama() -> PreTrainedModel:
     """Four layers that know the made-up programs of `tests.models.texts`. Leave its weights alone."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
-    model = tiny_model(**shape, initializer_range=0.05, max_position_embeddings=192, eos_token_id=None)
+    model = tiny_model(
+        **shape, initializer_range=0.05, max_position_embeddings=192, eos_token_id=None
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for ids in preparation(model).batches(length=LENGTH, batch=8, steps=120):
         optimizer.zero_grad()

@@ -69,13 +69,17 @@ class AStarDecoding(Controller):
         link="https://arxiv.org/abs/2505.13672",
         year=2025,
         claims=(
-            Claim("tokens of best-of-N for equal accuracy, share", 0.33, "MATH500, AIME 2024 (at best)"),
+            Claim(
+                "tokens of best-of-N for equal accuracy, share",
+                0.33,
+                "MATH500, AIME 2024 (at best)",
+            ),
             Claim("scorer calls of best-of-N for equal accuracy, share", 0.7, "MATH500, AIME 2024"),
         ),
         neutral={"num_children": 1, "temperature": 0.0},
         rival=Rival(
             "a_star_decoding(scorer='chance', num_children={num_children}, max_tokens={max_tokens})",
-            "parse_share",
+            "parse",
             "searches by a number that says nothing",
         ),
         saves="none",
@@ -96,11 +100,15 @@ class AStarDecoding(Controller):
     )
 
     scorer: str = knob("parses", "what r is: a name known to hasten.causal.controller.scorers")
-    num_children: int = knob(3, "steps sampled from each node; more are surer and cost more", low=1, high=64)
+    num_children: int = knob(
+        3, "steps sampled from each node; more are surer and cost more", low=1, high=64
+    )
     temperature: float = knob(
         0.8, "of the sampled steps; low gives duplicates, high gives errors", low=0.0, high=100.0
     )
-    max_tokens: int = knob(1024, "generated tokens, over all children, at which the search ends", low=1)
+    max_tokens: int = knob(
+        1024, "generated tokens, over all children, at which the search ends", low=1
+    )
     step_border: str = knob("\n", "text that ends a step; empty cuts at max_step only")
     max_step: int = knob(64, "tokens of a step at most", low=1)
     max_depth: int = knob(30, "steps of a path at most; then it waits for completion", low=1)
@@ -150,7 +158,9 @@ class AStarDecoding(Controller):
             search.frontier.clear()  # its caches are of no use to the next row
         before = run.lengths
         run.tokens = pad_sequence(
-            [tokens[0] for tokens in found], batch_first=True, padding_value=run.settings.pad_token_id
+            [tokens[0] for tokens in found],
+            batch_first=True,
+            padding_value=run.settings.pad_token_id,
         )
         run.lengths = torch.tensor([tokens.shape[1] for tokens in found], device=run.device)
         run.finished = torch.ones_like(run.finished)
@@ -164,7 +174,9 @@ class AStarDecoding(Controller):
         if self.num_children == 1:
             return
         total = sum((search.counts for search in state.searches), Counter[str]())
-        run.activity.update({f"{self.name}.{what}": number for what, number in total.items() if number})
+        run.activity.update(
+            {f"{self.name}.{what}": number for what, number in total.items() if number}
+        )
         for search in state.searches:
             peak = f"{self.name}.peak_frontier"
             run.activity[peak] = max(run.activity[peak], search.peak_frontier)

@@ -85,7 +85,9 @@ def scores_of(name: str, scorer: Scorer, candidates: Sequence[Candidate]) -> lis
     """Call a scorer and check what it returns: one number from 0 to 1 for each candidate."""
     values = [float(value) for value in scorer(candidates)]
     if len(values) != len(candidates):
-        raise HastenError(f"Scorer {name!r} returned {len(values)} numbers for {len(candidates)} candidates.")
+        raise HastenError(
+            f"Scorer {name!r} returned {len(values)} numbers for {len(candidates)} candidates."
+        )
     for value in values:
         if not 0.0 <= value <= 1.0:  # catches NaN too
             raise HastenError(f"Scorer {name!r} returned {value}; a score must lie from 0 to 1.")

@@ -61,7 +61,9 @@ class Search:
         goals: whole solutions found so far.
     """
 
-    def __init__(self, knobs: AStarDecoding, call: Run, row: int, scorer: Scorer, sampler: Sampler) -> None:
+    def __init__(
+        self, knobs: AStarDecoding, call: Run, row: int, scorer: Scorer, sampler: Sampler
+    ) -> None:
         self.knobs, self.call, self.scorer = knobs, call, scorer
         self.border = Border(knobs.step_border, knobs.max_step)
         self.root = self._fork(call, row)
@@ -145,7 +147,9 @@ class Search:
 
     def score(self, node: Node, children: Sequence[Node]) -> None:
         """Set r and f of the successors of a node, with one call of the scorer."""
-        values = scores_of(self.knobs.scorer, self.scorer, [self._candidate(child) for child in children])
+        values = scores_of(
+            self.knobs.scorer, self.scorer, [self._candidate(child) for child in children]
+        )
         self.counts["scorer_calls"] += 1
         self.counts["scored"] += len(children)
         for child, value in zip(children, values, strict=True):
@@ -189,7 +193,9 @@ class Search:
         ids = tuple(node.tokens[0].tolist())
         start, stop = int(self.root.pads), self.root.prompt_length
         tokenizer = self.root.tokenizer
-        return Candidate(ids[start:stop], ids[stop:], node.log_probs, node.step_ends, node.is_goal, tokenizer)
+        return Candidate(
+            ids[start:stop], ids[stop:], node.log_probs, node.step_ends, node.is_goal, tokenizer
+        )
 
     def _cost(self, node: Node, child: Node, lost: float) -> float:
         if self.knobs.cost == "drop":

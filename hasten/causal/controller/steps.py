@@ -97,7 +97,9 @@ def sample_steps(
 def _cut_out(twin: Run, row: int, log_probs: list[float], keep_caches: bool) -> Step:
     is_last = bool(twin.finished[row])
     kept = twin.fork(_rows(twin, [row])) if keep_caches and not is_last else None
-    return Step(twin.tokens[row : row + 1, : int(twin.lengths[row])].clone(), log_probs, is_last, kept)
+    return Step(
+        twin.tokens[row : row + 1, : int(twin.lengths[row])].clone(), log_probs, is_last, kept
+    )
 
 
 def _rows(run: Run, rows: list[int]) -> Tensor:

@@ -64,9 +64,14 @@ class DraftModel(Drafter, Acceptor):
         runners=frozenset({"eager", "compiled"}),
     )
 
-    draft: str = knob(AUTO, "zoo name or checkpoint folder of the smaller model; auto: the zoo's own pair")
+    draft: str = knob(
+        AUTO, "zoo name or checkpoint folder of the smaller model; auto: the zoo's own pair"
+    )
     num_draft: int = knob(
-        3, "tokens that it drafts before each pass; more gain more where it is often right", low=1, high=64
+        3,
+        "tokens that it drafts before each pass; more gain more where it is often right",
+        low=1,
+        high=64,
     )
 
     # -- in a call -------------------------------------------------------------------------------
@@ -98,7 +103,9 @@ class DraftModel(Drafter, Acceptor):
             block = Block(tokens, positions, None, 1, has_holes, is_prompt)
             logits = lane.runner.forward(block, lane.cache).logits[:, -1]
             lane.cache.commit()
-            scores = run.sampler.scores(logits, _prefix(run, drafted), run.pads if run.has_pads else None)
+            scores = run.sampler.scores(
+                logits, _prefix(run, drafted), run.pads if run.has_pads else None
+            )
             tokens = run.sampler.pick(scores)[:, None]
             positions, has_holes = (root + ahead).clamp(max=run.last_position), False
             drafted.append(tokens)
@@ -113,7 +120,11 @@ class DraftModel(Drafter, Acceptor):
         """What the model would take (greedy), or rejection sampling; the lane drops the rest."""
         if draft is None:
             return plain(run, output)
-        verdict = longest_exact(run, draft, output) if draft.probs is None else rejection(run, draft, output)
+        verdict = (
+            longest_exact(run, draft, output)
+            if draft.probs is None
+            else rejection(run, draft, output)
+        )
         assert verdict.nodes is not None
         counts = (verdict.nodes >= 0).sum(dim=1).clamp(max=state.num_open)
         _keep(run.lanes[LANE], counts, state.num_open)

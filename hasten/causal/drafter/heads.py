@@ -40,7 +40,14 @@ def train_heads(preparation: Preparation, num_heads: int) -> Parts:
         tensor.requires_grad_()
     with frozen(model):
         batches = train.batches(length=CROP, batch=BATCH, steps=steps)
-        fit(parts, batches, lambda ids: medusa_loss(model, ids, parts), steps=steps, rate=RATE, tick=preparation.tick)
+        fit(
+            parts,
+            batches,
+            lambda ids: medusa_loss(model, ids, parts),
+            steps=steps,
+            rate=RATE,
+            tick=preparation.tick,
+        )
         parts = {name: tensor.detach() for name, tensor in parts.items()}
         crops = validation.batches(length=CROP, batch=BATCH, steps=VALIDATION_BATCHES)
         return parts | {"accuracy": rank_accuracy(model, crops, parts)}
@@ -50,7 +57,10 @@ def untrained_heads(model: PreTrainedModel, num_heads: int) -> Parts:
     """Heads whose logits are those of the LM head."""
     size = model.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr]
     like: dict[str, Any] = {"device": model.device, "dtype": torch.float32}
-    return {"weight": torch.zeros(num_heads, size, size, **like), "bias": torch.zeros(num_heads, size, **like)}
+    return {
+        "weight": torch.zeros(num_heads, size, size, **like),
+        "bias": torch.zeros(num_heads, size, **like),
+    }
 
 
 def medusa_loss(model: PreTrainedModel, ids: Tensor, parts: Parts) -> Tensor:
@@ -71,7 +81,12 @@ def medusa_loss(model: PreTrainedModel, ids: Tensor, parts: Parts) -> Tensor:
 
 @torch.no_grad()
 def rank_accuracy(
-    model: PreTrainedModel, crops: Iterable[Tensor], parts: Parts, *, num_ranks: int = NUM_RANKS, shift: int = 0
+    model: PreTrainedModel,
+    crops: Iterable[Tensor],
+    parts: Parts,
+    *,
+    num_ranks: int = NUM_RANKS,
+    shift: int = 0,
 ) -> Tensor:
     """How often each guess of each head is the token of the text: (heads, ranks).
 

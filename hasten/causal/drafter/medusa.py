@@ -25,7 +25,18 @@ from hasten.causal.run import Run, longest_exact
 from hasten.causal.runners import Output
 from hasten.causal.slots import Acceptor, Draft, Drafter, Verdict
 from hasten.preparation import Preparation
-from hasten.technique import Card, Claim, Contract, Loss, Parts, Resource, Rival, Slot, knob, technique
+from hasten.technique import (
+    Card,
+    Claim,
+    Contract,
+    Loss,
+    Parts,
+    Resource,
+    Rival,
+    Slot,
+    knob,
+    technique,
+)
 
 
 @dataclass
@@ -111,12 +122,19 @@ class Medusa(Drafter, Acceptor):
 
     num_heads: int = knob(3, "heads that are trained; more look further ahead", low=1, high=8)
     num_nodes: int = knob(
-        8, "drafted tokens that each pass checks; more are accepted, each pass costs more", low=1, high=64
+        8,
+        "drafted tokens that each pass checks; more are accepted, each pass costs more",
+        low=1,
+        high=64,
     )
     acceptance: str = knob(
-        "exact", "exact keeps the model's output; typical keeps all that is plausible", choices=("exact", "typical")
+        "exact",
+        "exact keeps the model's output; typical keeps all that is plausible",
+        choices=("exact", "typical"),
     )
-    eps: float = knob(0.09, "typical: a token above this probability is kept; lower keeps more", low=0.0, high=1.0)
+    eps: float = knob(
+        0.09, "typical: a token above this probability is kept; lower keeps more", low=0.0, high=1.0
+    )
     delta: float = knob(
         0.3, "typical: share of exp(-entropy) that is enough where the model is unsure", low=0.0
     )
@@ -138,15 +156,14 @@ class Medusa(Drafter, Acceptor):
         if self.tree == "chain":
             tree = chain_tree(accuracy.shape[0], self.num_nodes)
         elif self.tree == "random":
-            tree = random_tree(*accuracy.shape, self.num_nodes)
+            tree = random_tree(accuracy.shape[0], accuracy.shape[1], self.num_nodes)
         else:
             tree = tuned_tree(accuracy, self.num_nodes)
         num_ranks = max(tree.ranks) + 1
         columns = [(d - 1) * num_ranks + r for d, r in zip(tree.depths, tree.ranks, strict=True)]
-        like = {"device": model.device, "dtype": model.dtype}
         return Heads(
-            parts["weight"][: tree.depth].flatten(0, 1).to(**like),
-            parts["bias"][: tree.depth].flatten().to(**like),
+            parts["weight"][: tree.depth].flatten(0, 1).to(model.device, model.dtype),
+            parts["bias"][: tree.depth].flatten().to(model.device, model.dtype),
             model.get_output_embeddings(),
             tree,
             torch.tensor(columns, device=model.device),

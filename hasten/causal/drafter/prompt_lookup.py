@@ -50,8 +50,12 @@ class PromptLookup(Drafter):
         runners=frozenset({"eager", "compiled"}),
     )
 
-    num_draft: int = knob(4, "tokens that each pass checks; more gain more where text repeats", low=1, high=64)
-    max_ngram: int = knob(3, "tokens at the text's end that are searched for, at most", low=1, high=16)
+    num_draft: int = knob(
+        4, "tokens that each pass checks; more gain more where text repeats", low=1, high=64
+    )
+    max_ngram: int = knob(
+        3, "tokens at the text's end that are searched for, at most", low=1, high=16
+    )
     min_ngram: int = knob(2, "and at least; fewer find more places, and worse ones", low=1, high=16)
 
     def begin(self, run: Run, bound: Any) -> State:

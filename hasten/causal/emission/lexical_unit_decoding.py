@@ -117,10 +117,15 @@ class LexicalUnitDecoding(Emission):
     part_knobs: ClassVar[tuple[str, ...]] = ("alpha", "rank")
 
     num_draft: int = knob(
-        3, "placeholders per pass; more may be accepted, each pass costs more; 0 is plain decoding", low=0, high=16
+        3,
+        "placeholders per pass; more may be accepted, each pass costs more; 0 is plain decoding",
+        low=0,
+        high=16,
     )
     threshold: float = knob(
-        0.9, "confidence from which a prediction is kept; lower is faster and worse, above 1 keeps none", low=0.0
+        0.9,
+        "confidence from which a prediction is kept; lower is faster and worse, above 1 keeps none",
+        low=0.0,
     )
     alpha: float = knob(0.9, "training: confidence from which a token is easy", low=0.0, high=1.0)
     rank: int = knob(16, "training: rank of the updates; 0 tunes the matrices in full", low=0)
@@ -181,7 +186,9 @@ class LexicalUnitDecoding(Emission):
         sure, guess = output.logits[:, 1:].float().softmax(dim=-1).max(dim=-1)
         tokens = torch.cat((first, guess), dim=1)
         kept = (sure >= self.threshold) & (draft.tokens >= 0) & (guess != tokens[:, :-1])
-        if run.sampler.needs_prefix:  # a penalty for what the tokens before it say may rule a guess out
+        if (
+            run.sampler.needs_prefix
+        ):  # a penalty for what the tokens before it say may rule a guess out
             scores = run.node_scores(Draft.chain(tokens[:, :-1]), output.logits)
             kept &= scores[:, 1:].argmax(dim=-1) == guess
         kept = kept.long().cumprod(dim=1).bool()

@@ -49,7 +49,9 @@ class Tuning:
         """Cross-entropy on all tokens plus that on the wanted placeholders, one half each."""
         packed = pack(ids, cuts, self.depth, placeholder_id(self.model))
         logits = self.logits(merged(self.model, weights), packed)
-        ordinary = functional.cross_entropy(logits[:, : ids.shape[1] - 1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        ordinary = functional.cross_entropy(
+            logits[:, : ids.shape[1] - 1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
         chosen = wanted(self.easy(ids), packed.targets).flatten(1)
         truth = ids[:, packed.targets.flatten()]
         ahead = functional.cross_entropy(logits[:, ids.shape[1] :][chosen].float(), truth[chosen])
@@ -105,7 +107,9 @@ def tune(preparation: Preparation, *, depth: int, alpha: float, rank: int) -> Pa
         fit(
             weights,
             preparation.batches(length=length, batch=BATCH, steps=steps),
-            lambda ids: tuning.loss(weights, ids, random_cuts(length, depth, generator).to(ids.device)),
+            lambda ids: tuning.loss(
+                weights, ids, random_cuts(length, depth, generator).to(ids.device)
+            ),
             steps=steps,
             rate=RATE if rank else FULL_RATE,
             tick=preparation.tick,

@@ -66,7 +66,10 @@ def merged(model: PreTrainedModel, parts: Parts) -> dict[str, Tensor]:
         if name + FULL in parts:
             found[name] = parts[name + FULL].to(weight)
         elif name + LEFT in parts:
-            update = parts[name + LEFT].to(weight.device).float() @ parts[name + RIGHT].to(weight.device).float()
+            update = (
+                parts[name + LEFT].to(weight.device).float()
+                @ parts[name + RIGHT].to(weight.device).float()
+            )
             found[name] = (weight.float() + update).to(weight.dtype)
     embedding = _embedding(model).weight
     row = parts[PLACEHOLDER].to(embedding)
@@ -97,7 +100,9 @@ def tuned_copy(model: PreTrainedModel, parts: Parts) -> PreTrainedModel:
     named = dict(model.named_parameters())
     # deepcopy takes what its memo holds instead of copying it.
     memo: dict[int, object] = {id(t): t for t in (*named.values(), *model.buffers())}
-    memo |= {id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tuned.items()}
+    memo |= {
+        id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tuned.items()
+    }
     twin = copy.deepcopy(model, memo)
     embedding = _embedding(twin)
     embedding.weight = longer  # the LM head keeps the vocabulary's rows, also where both were one
@@ -142,11 +147,20 @@ def pack(ids: Tensor, cuts: Sequence[int] | Tensor, depth: int, placeholder: int
     count = seats.numel()
     real = torch.arange(length, device=device)
     cut = torch.cat((real, after.repeat_interleave(depth)))  # last token that a row may see
-    own = torch.cat((torch.zeros_like(real), torch.arange(len(after), device=device).repeat_interleave(depth) + 1))
+    own = torch.cat(
+        (
+            torch.zeros_like(real),
+            torch.arange(len(after), device=device).repeat_interleave(depth) + 1,
+        )
+    )
     positions = torch.cat((real, seats.flatten()))
     is_real = own == 0
     sees_token = is_real[None, :] & (positions[None, :] <= cut[:, None])
-    same_cut = ~is_real[:, None] & (own[:, None] == own[None, :]) & (positions[None, :] <= positions[:, None])
+    same_cut = (
+        ~is_real[:, None]
+        & (own[:, None] == own[None, :])
+        & (positions[None, :] <= positions[:, None])
+    )
     tokens = torch.cat((ids, ids.new_full((batch, count), placeholder)), dim=1)
     return Packed(tokens, positions[None], sees_token | same_cut, seats + 1)
 

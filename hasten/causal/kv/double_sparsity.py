@@ -163,7 +163,8 @@ class DoubleSparsity(KV):
             "(activity: label_bytes). The paper reads 1/16 of the entries on 1/16 of 128 channels; "
             "that is 8 channels, a quarter of the small heads for which the default is made. "
             "Selection per query head reads an entry once for each head that wants it; "
-            "pooled=true reads it once per KV head. Offloading, behind the largest claim, is not "
+            "pooled=true reads it once per KV head. Choosing costs time too: on a CPU with contexts of "
+            "a few thousand tokens it costs more than it saves. Offloading, behind the largest claim, is not "
             "part of this."
         ),
     )

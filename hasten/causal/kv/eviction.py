@@ -184,19 +184,19 @@ class Ranked:
     """One call of a technique that ranks the prompt's entries once.
 
     Attributes:
-        scores: (batch, length) attention that the prompt's entries received, until it is used.
+        received: (batch, length) attention that the prompt's entries received, until it is used.
         fixed: what was decided for each cache whose prompt is through.
     """
 
-    scores: dict[LayerCache, Tensor] = field(default_factory=dict)
+    received: dict[LayerCache, Tensor] = field(default_factory=dict)
     fixed: dict[KVCache, FixedSlots] = field(default_factory=dict)
 
 
 class RankedOnce(KV):
     """Base: ranks the prompt's entries by attention received, then deletes at a fixed place.
 
-    The importance of entry j in a layer is the sum over queries i >= j of the mean over heads of
-    A[i, j], the same for all heads; `score=mean` divides it by the number of those queries.
+    Entry j of a layer has received the sum over queries i >= j of the mean over heads of A[i, j],
+    the same for all heads; with `score=mean` it is ranked by that sum over the number of queries.
     """
 
     budget: float
@@ -211,11 +211,7 @@ class RankedOnce(KV):
     def observe(self, state: Ranked | None, view: AttentionView) -> None:
         """Sum up the prompt's attention, once for each cache."""
         if state is not None and fills_empty_cache(view):
-            received = view.received().mean(dim=1)
-            if self.score == "mean":
-                end = view.positions.amax(dim=1, keepdim=True) + 1
-                received = received / (end - view.positions)
-            state.scores[view.layer] = received
+            state.received[view.layer] = view.received().mean(dim=1)
 
     def compress(self, state: Ranked | None, run: Run, cache: KVCache) -> None:
         """Shrink after the prompt, then keep to each layer's share."""
@@ -226,8 +222,8 @@ class RankedOnce(KV):
             evicted = hold(cache, seen, state.fixed[cache], self.least)
         else:
             before = sum(sum(rows_held(layer)) for layer in cache.layers)
-            scores = [state.scores.pop(layer) for layer in cache.layers]
-            state.fixed[cache] = self.shrink(run, cache, scores, seen)
+            received = [state.received.pop(layer) for layer in cache.layers]
+            state.fixed[cache] = self.shrink(run, cache, received, seen)
             evicted = before - sum(sum(rows_held(layer)) for layer in cache.layers)
         if evicted:
             run.activity[f"{self.name}.evicted"] += evicted
@@ -237,19 +233,27 @@ class RankedOnce(KV):
         """Entries that stay in each layer whatever the budget says."""
         return self.num_sinks + 1
 
-    def shrink(self, run: Run, cache: KVCache, scores: list[Tensor], seen: list[int]) -> FixedSlots:
-        """Evict after the prompt; `scores` is (batch, length) per layer."""
+    def shrink(
+        self, run: Run, cache: KVCache, received: list[Tensor], seen: list[int]
+    ) -> FixedSlots:
+        """Evict after the prompt; `received` is the attention (batch, length) of each layer's entries."""
         raise NotImplementedError
 
     def must_stay(self, layer: LayerCache, seen: list[int]) -> Tensor:
         """Mask (batch, heads or 1, length) of sinks, of the newest part of the budget, and of holes."""
         counts = [allowance(row, self.budget, self.least) for row in seen]
-        return must_stay(layer, seen, self.num_sinks, recent_of(counts, self.recent_share, self.num_sinks))
+        return must_stay(
+            layer, seen, self.num_sinks, recent_of(counts, self.recent_share, self.num_sinks)
+        )
 
-    def chosen(self, layer: LayerCache, scores: Tensor, seen: list[int], counts: list[int]) -> Tensor:
-        """Mask (batch, 1, length) of the entries that stay: sinks, newest, then the best scores."""
-        scores = scores[:, None].masked_fill(self.must_stay(layer, seen), ALWAYS)
-        return best(scores.masked_fill(layer.positions < 0, -math.inf), counts)
+    def ranks(self, layer: LayerCache, received: Tensor, seen: list[int]) -> Tensor:
+        """What entries are ranked by, (batch, heads or 1, length): what must stay first, holes last."""
+        scores = received[:, None]
+        if self.score == "mean":
+            ends = torch.tensor(seen, device=received.device)[:, None, None]
+            scores = scores / (ends - layer.positions)
+        scores = scores.masked_fill(self.must_stay(layer, seen), ALWAYS)
+        return scores.masked_fill(layer.positions < 0, -math.inf)
 
 
 def fills_empty_cache(view: AttentionView) -> bool:

@@ -30,7 +30,9 @@ class HeavyHitter(RunningScores):
         link="https://arxiv.org/abs/2306.14048",
         year=2023,
         neutral={"budget": 1.0},
-        rival=Rival("random_eviction(budget={budget})", "perplexity", "as many entries, chosen by chance"),
+        rival=Rival(
+            "random_eviction(budget={budget})", "perplexity", "as many entries, chosen by chance"
+        ),
         saves="cache_bytes",
         notes=(
             "The cache's size is fixed by the prompt: budget times its length, however much is "
@@ -46,14 +48,23 @@ class HeavyHitter(RunningScores):
         needs=frozenset({Resource.PROMPT_ATTENTION, Resource.STEP_ATTENTION}),
     )
 
-    budget: float = knob(0.25, "share of the prompt's length that the cache may hold", low=0.01, high=1.0)
-    recent_share: float = knob(0.5, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
+    budget: float = knob(
+        0.25, "share of the prompt's length that the cache may hold", low=0.01, high=1.0
+    )
+    recent_share: float = knob(
+        0.5, "part of the kept entries that are simply the newest", low=0.0, high=1.0
+    )
     num_sinks: int = knob(0, "first tokens that always stay (H2O has none)", low=0)
-    score: str = knob("sum", "attention received in all, or per query that could see the entry", choices=("mean", "sum"))
+    score: str = knob(
+        "sum",
+        "attention received in all, or per query that could see the entry",
+        choices=("mean", "sum"),
+    )
     running: bool = knob(True, "add each decoding step's attention to the scores")
 
     def sizes(self, state: Running, cache: KVCache, seen: list[int]) -> list[Size | None]:
         """The same size in each layer."""
         total = [allowance(row, self.budget, self.num_sinks + 1) for row in seen]
-        return [Size(total, recent_of(total, self.recent_share, self.num_sinks))] * len(cache.layers)
-
+        return [Size(total, recent_of(total, self.recent_share, self.num_sinks))] * len(
+            cache.layers
+        )

@@ -10,8 +10,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hasten.causal.attention import CHUNK_ELEMENTS
+from hasten.causal.attention import chunk_elements
 from hasten.causal.cache import LayerCache
 
 
@@ -49,7 +50,9 @@ def average_into(layer: LayerCache, target: Tensor) -> None:
         part.copy_(whole + drift / counts)
 
 
-def most_similar(keys: Tensor, evicted: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def most_similar(
+    keys: Tensor, evicted: Tensor, absent: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine similarity to, and index of, the kept key that is most like each evicted one.
 
     Args:
@@ -60,13 +63,13 @@ def most_similar(keys: Tensor, evicted: Tensor, absent: Tensor | None = None) ->
     Returns:
         two of (batch, heads, evicted): similarities (float32) and indices.
     """
-    units = torch.nn.functional.normalize(keys.float(), dim=-1)
+    units = F.normalize(keys.float(), dim=-1)
     length = keys.shape[2]
     closed = torch.zeros((*keys.shape[:2], length + 1), dtype=torch.bool, device=keys.device)
     closed = closed.scatter_(2, torch.where(evicted < 0, length, evicted), True)[..., :length]
     if absent is not None:
         closed = closed | absent
-    rows = max(1, CHUNK_ELEMENTS // max(1, closed.numel()))
+    rows = max(1, chunk_elements(keys.device) // max(1, closed.numel()))
     found = []
     for part in evicted.split(rows, dim=2):
         index = part.clamp(min=0)[..., None].expand(-1, -1, -1, keys.shape[3])
@@ -97,7 +100,9 @@ def fold_into(
             new = (own * old + weight[..., None] * part.gather(2, index)) / divisor
             part.scatter_(2, into, torch.where(counted[..., None] > 0, new, old).to(part.dtype))
         return
-    divisor = torch.zeros(layer.keys.shape[:3], device=target.device).scatter_add_(2, target, counted)
+    divisor = torch.zeros(layer.keys.shape[:3], device=target.device).scatter_add_(
+        2, target, counted
+    )
     for part in (layer.keys, layer.values):
         into = target[..., None].expand(-1, -1, -1, part.shape[3])
         index = source[..., None].expand(-1, -1, -1, part.shape[3])

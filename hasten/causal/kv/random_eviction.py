@@ -45,11 +45,17 @@ class RandomEviction(KV):
             "chance, so a row alone keeps other entries than in a batch."
         ),
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.KV,), changes=frozenset({Resource.KV_ENTRIES}))
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.KV,), changes=frozenset({Resource.KV_ENTRIES})
+    )
 
-    budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
+    budget: float = knob(
+        0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0
+    )
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
-    recent_share: float = knob(0.0, "part of the kept entries that are simply the newest", low=0.0, high=1.0)
+    recent_share: float = knob(
+        0.0, "part of the kept entries that are simply the newest", low=0.0, high=1.0
+    )
     seed: int = knob(0, "seed of the choice", low=0)
 
     def begin(self, run: Run, bound: Any) -> torch.Generator:
@@ -73,7 +79,9 @@ class RandomEviction(KV):
                 place = self.num_sinks + int(torch.randint(spread, (1,), generator=state))
                 remove_range(cache, layer, [place], over)
             else:
-                luck = torch.rand((len(seen), 1, layer.length), generator=state).to(layer.keys.device)
+                luck = torch.rand((len(seen), 1, layer.length), generator=state).to(
+                    layer.keys.device
+                )
                 luck = luck.masked_fill(must_stay(layer, seen, self.num_sinks, recent), ALWAYS)
                 luck = luck.masked_fill(layer.positions < 0, -math.inf)
                 stay = [have - gone for have, gone in zip(held, over, strict=True)]

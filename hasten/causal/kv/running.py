@@ -122,7 +122,9 @@ class RunningScores(KV):
         """Entries (batch, kv_heads, evicted; -1 for none) are about to go; may merge them first."""
 
     # -- eviction --------------------------------------------------------------------------------
-    def _evict(self, state: Running, cache: KVCache, layer: LayerCache, size: Size, seen: list[int]) -> None:
+    def _evict(
+        self, state: Running, cache: KVCache, layer: LayerCache, size: Size, seen: list[int]
+    ) -> None:
         over = [max(0, h - t) for h, t in zip(rows_held(layer), size.total, strict=True)]
         most = max(over)
         if most == 0:

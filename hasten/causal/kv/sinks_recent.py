@@ -31,7 +31,9 @@ class SinksRecent(KV):
         link="https://arxiv.org/abs/2309.17453",
         year=2023,
         neutral={"budget": 1.0},
-        rival=Rival("random_eviction(budget={budget})", "perplexity", "as many entries, chosen by chance"),
+        rival=Rival(
+            "random_eviction(budget={budget})", "perplexity", "as many entries, chosen by chance"
+        ),
         saves="cache_bytes",
         notes=(
             "The window grows by budget entries a token. What lies before it is lost, so a name "
@@ -39,9 +41,13 @@ class SinksRecent(KV):
             "so its caches may be forked."
         ),
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.KV,), changes=frozenset({Resource.KV_ENTRIES}))
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.KV,), changes=frozenset({Resource.KV_ENTRIES})
+    )
 
-    budget: float = knob(0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0)
+    budget: float = knob(
+        0.25, "share of the cache that is kept; lower saves more and loses more", low=0.01, high=1.0
+    )
     num_sinks: int = knob(4, "first tokens that always stay", low=0)
 
     def compress(self, state: Any, run: Run, cache: KVCache) -> None:
@@ -49,7 +55,9 @@ class SinksRecent(KV):
         if self.budget == 1.0:
             return
         layers, seen = len(cache.layers), rows_seen(run)
-        fixed = FixedSlots([[self.budget] * len(seen)] * layers, [[self.num_sinks] * len(seen)] * layers)
+        fixed = FixedSlots(
+            [[self.budget] * len(seen)] * layers, [[self.num_sinks] * len(seen)] * layers
+        )
         evicted = hold(cache, seen, fixed, self.num_sinks + 1)
         if evicted:
             run.activity[f"{self.name}.evicted"] += evicted

@@ -54,9 +54,21 @@ class KVPrediction(Prefill):
         link="https://arxiv.org/abs/2410.08391",
         year=2024,
         claims=(
-            Claim("relative accuracy gain at equal cost, low end", 1.15, "TriviaQA, OpenELM 1.1B and 3B"),
-            Claim("relative accuracy gain at equal cost, high end", 1.50, "TriviaQA, OpenELM 1.1B and 3B"),
-            Claim("relative accuracy gain at equal cost, up to", 1.30, "HumanEval, OpenELM 1.1B and 3B"),
+            Claim(
+                "relative accuracy gain at equal cost, low end",
+                1.15,
+                "TriviaQA, OpenELM 1.1B and 3B",
+            ),
+            Claim(
+                "relative accuracy gain at equal cost, high end",
+                1.50,
+                "TriviaQA, OpenELM 1.1B and 3B",
+            ),
+            Claim(
+                "relative accuracy gain at equal cost, up to",
+                1.30,
+                "HumanEval, OpenELM 1.1B and 3B",
+            ),
         ),
         rival=Rival(
             "kv_prediction(aux_layers={aux_layers}, decoder='aux')",
@@ -81,7 +93,10 @@ class KVPrediction(Prefill):
     part_knobs: ClassVar[tuple[str, ...]] = ("aux_layers",)
 
     aux_layers: float = knob(
-        0.5, "share of the base's layers that read the prompt; fewer is faster and drifts more", low=0.0, high=1.0
+        0.5,
+        "share of the base's layers that read the prompt; fewer is faster and drifts more",
+        low=0.0,
+        high=1.0,
     )
     decoder: str = knob(
         "base", "which model goes on after the prompt; aux is the small one alone, for comparison",
@@ -113,10 +128,15 @@ class KVPrediction(Prefill):
     def fill(self, state: Predictor, run: Run) -> Output:
         """Predict all of the prompt but its last token, and run the base on that one."""
         prompt = run.compose(None, is_prompt=True)
-        is_predicted = self.decoder == "base" and run.lane.name == "base" and prompt.tokens.shape[1] > 1
+        is_predicted = (
+            self.decoder == "base" and run.lane.name == "base" and prompt.tokens.shape[1] > 1
+        )
         if is_predicted:
             before = Block(
-                prompt.tokens[:, :-1], prompt.positions[:, :-1], has_holes=prompt.has_holes, is_prompt=True
+                prompt.tokens[:, :-1],
+                prompt.positions[:, :-1],
+                has_holes=prompt.has_holes,
+                is_prompt=True,
             )
             state.fill(run.lane.cache, before)
             run.lane.filled = run.lengths - 1

@@ -82,7 +82,11 @@ class Training:
         for attention, ours, theirs in zip(attentions(self.base), predicted, true, strict=True):
             assert ours.key is not None and theirs.key is not None
             assert ours.value is not None and theirs.value is not None
-            errors.append(functional.l1_loss(normed(attention, ours.key).float(), normed(attention, theirs.key).float()))
+            errors.append(
+                functional.l1_loss(
+                    normed(attention, ours.key).float(), normed(attention, theirs.key).float()
+                )
+            )
             errors.append(functional.l1_loss(ours.value.float(), theirs.value.float()))
         return torch.stack(errors).mean()
 
@@ -93,7 +97,9 @@ class Training:
 
         Least squares, so that training starts from the best linear guess instead of from noise.
         """
-        weights = {f"aux.{name}": p.detach().float().clone() for name, p in own_weights(self.aux).items()}
+        weights = {
+            f"aux.{name}": p.detach().float().clone() for name, p in own_weights(self.aux).items()
+        }
         sums: dict[str, Tensor] = {}
         for ids in batches:
             with caught(self.base, stop=True) as true:
@@ -104,13 +110,18 @@ class Training:
                 for base, source in enumerate(self.layers):
                     inputs = _with_one(getattr(read[source], side))
                     outputs = getattr(true[base], side).flatten(0, 1).double()
-                    for name, product in (("square", inputs.T @ inputs), ("cross", inputs.T @ outputs)):
+                    for name, product in (
+                        ("square", inputs.T @ inputs),
+                        ("cross", inputs.T @ outputs),
+                    ):
                         key = f"{side}.{base}.{name}"
                         sums[key] = sums[key] + product if key in sums else product
         for side in ("key", "value"):
             for base in range(len(self.layers)):
                 square = sums[f"{side}.{base}.square"]
-                ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), device=square.device)
+                ridge = (
+                    RIDGE * square.diagonal().mean() * torch.eye(len(square), device=square.device)
+                )
                 solved = torch.linalg.solve(square + ridge, sums[f"{side}.{base}.cross"])
                 weights[f"{side}.{base}.weight"] = solved[:-1].T.float().contiguous()
                 weights[f"{side}.{base}.bias"] = solved[-1].float()
@@ -143,7 +154,9 @@ def train(preparation: Preparation, share: float, **weights: float) -> Parts:
     steps = preparation.steps or STEPS
     with frozen(base):
         training = Training.of(base, share, **weights)
-        batches = list(preparation.batches(length=_crop(preparation), batch=BATCH, steps=steps + START_BATCHES))
+        batches = list(
+            preparation.batches(length=_crop(preparation), batch=BATCH, steps=steps + START_BATCHES)
+        )
         learned = training.start(batches[:START_BATCHES])
         for tensor in learned.values():
             tensor.requires_grad_(True)

@@ -34,9 +34,15 @@ def layer_map(num_layers: int, kept: Sequence[int]) -> list[int]:
 def auxiliary(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of copies of the kept layers; all other weights are the base's own tensors, shared."""
     decoder = model.get_decoder()
-    copied = {id(p) for index in kept for p in (*decoder.layers[index].parameters(), *decoder.layers[index].buffers())}
+    copied = {
+        id(p)
+        for index in kept
+        for p in (*decoder.layers[index].parameters(), *decoder.layers[index].buffers())
+    }
     # deepcopy takes what its memo holds instead of copying it: that is how weights are shared.
-    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in copied}
+    memo: dict[int, object] = {
+        id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in copied
+    }
     config = copy.deepcopy(model.config, memo).get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(kept)
@@ -72,7 +78,9 @@ def mapped(read: Sequence[Projected], weights: Parts, layers: Sequence[int]) -> 
         found.append(
             Projected(
                 functional.linear(key, weights[f"key.{base}.weight"], weights[f"key.{base}.bias"]),
-                functional.linear(value, weights[f"value.{base}.weight"], weights[f"value.{base}.bias"]),
+                functional.linear(
+                    value, weights[f"value.{base}.weight"], weights[f"value.{base}.bias"]
+                ),
             )
         )
     return found
@@ -115,7 +123,9 @@ class Predictor:
         cache = runner.new_cache(block.tokens.shape[0], block.tokens.shape[1])
         with caught(self.aux, stop=True) as read:
             runner.forward(block, cache)
-        return entries(self.base, mapped(read, self.maps, self.layers), block.positions.clamp(min=0))
+        return entries(
+            self.base, mapped(read, self.maps, self.layers), block.positions.clamp(min=0)
+        )
 
     def fill(self, cache: KVCache, block: Block) -> None:
         """Append a block's predicted entries to the base's cache and commit them."""

@@ -50,7 +50,9 @@ def attentions(model: PreTrainedModel) -> list[Any]:
 
 
 def _is_supported(attention: nn.Module | None) -> bool:
-    return attention is not None and all(isinstance(getattr(attention, side, None), nn.Linear) for side in SIDES)
+    return attention is not None and all(
+        isinstance(getattr(attention, side, None), nn.Linear) for side in SIDES
+    )
 
 
 def _refusal(model: PreTrainedModel) -> str:
@@ -134,7 +136,9 @@ def normed(attention: Any, key: Tensor) -> Tensor:
     return norm(key.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
 
 
-def entries(model: PreTrainedModel, projected: Sequence[Projected], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+def entries(
+    model: PreTrainedModel, projected: Sequence[Projected], positions: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """Keys and values as the cache holds them: (batch, kv_heads, length, head_dim), layer by layer.
 
     Args:
@@ -202,4 +206,6 @@ def check(model: PreTrainedModel) -> None:
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-3)
+    return ours.shape == theirs.shape and torch.allclose(
+        ours.float(), theirs.float(), rtol=1e-2, atol=1e-3
+    )

@@ -76,7 +76,13 @@ class Runner:
         raise NotImplementedError
 
     def forward(
-        self, block: Block, cache: KVCache, *, hidden: bool = False, kv: KV | None = None, kv_state: Any = None
+        self,
+        block: Block,
+        cache: KVCache,
+        *,
+        hidden: bool = False,
+        kv: KV | None = None,
+        kv_state: Any = None,
     ) -> Output:
         """Run one block; `kv` is the technique that watches or chooses what is read."""
         raise NotImplementedError

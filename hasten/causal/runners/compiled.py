@@ -45,7 +45,13 @@ class CompiledRunner(EagerRunner):
 
     @torch.no_grad()
     def forward(
-        self, block: Block, cache: KVCache, *, hidden: bool = False, kv: KV | None = None, kv_state: Any = None
+        self,
+        block: Block,
+        cache: KVCache,
+        *,
+        hidden: bool = False,
+        kv: KV | None = None,
+        kv_state: Any = None,
     ) -> Output:
         """See `Runner.forward`."""
         length = cache.get_seq_length()
@@ -112,7 +118,12 @@ class _StaticView(Cache):
         self.slots = slots
 
     def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         """Write a block at the slots; return the whole buffers."""
         keys, values = self.buffers[layer_idx]

@@ -24,13 +24,23 @@ class EagerRunner(Runner):
 
     @torch.no_grad()
     def forward(
-        self, block: Block, cache: KVCache, *, hidden: bool = False, kv: KV | None = None, kv_state: Any = None
+        self,
+        block: Block,
+        cache: KVCache,
+        *,
+        hidden: bool = False,
+        kv: KV | None = None,
+        kv_state: Any = None,
     ) -> Output:
         """See `Runner.forward`."""
         cache.open_block(block.positions, has_holes=block.has_holes)
         current = Pass(cache, block.positions, block.tree, kv, kv_state, block.is_prompt)
         positions = block.positions.clamp(min=0) if block.has_holes else block.positions
-        with engine_attention(self.model), in_flight(current), _HeadInput(self.model, hidden) as head:
+        with (
+            engine_attention(self.model),
+            in_flight(current),
+            _HeadInput(self.model, hidden) as head,
+        ):
             logits = self.model(
                 input_ids=block.tokens,
                 position_ids=positions,

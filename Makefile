@@ -7,8 +7,9 @@
 #     make docs     write the generated pages anew
 #     make clean    remove the environment and what was built
 #
-# On Linux without a GPU, torch's CPU build saves gigabytes:
-#     make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux without a GPU, torch's CPU build saves gigabytes. PyTorch's "Get started" page names the
+# package index that holds it; hand that on with
+#     make demo PIP_ARGS="--extra-index-url ..."
 
 SHELL := /bin/bash
 VENV ?= .venv

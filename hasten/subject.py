@@ -26,6 +26,8 @@ from hasten.errors import SubjectError
 from hasten.parts import model_hash
 from hasten.technique import Slot
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass
 class Subject:
@@ -101,17 +103,19 @@ def open_subject(
     """Open a zoo name, a checkpoint folder, a hub id or a live model.
 
     Args:
-        dtype: of the weights once loaded. "auto" takes float32 on a CPU, where small models run
-            fastest in it, and the checkpoint's own elsewhere.
+        dtype: of the weights once loaded, as torch's or by name. "auto" takes float32 on a CPU, where every processor is
+            quick in it, and the checkpoint's own elsewhere; "stored" takes the checkpoint's own. A
+            live model keeps its own.
         trust_remote_code: run code that comes with a hub model; off unless asked for.
 
     Raises:
         SubjectError: where there is no such model, a file is damaged, or no engine runs it.
     """
+    dtype = _named_dtype(dtype)
     if isinstance(what, Subject):
-        return what
+        return _in_dtype(what, dtype)
     if isinstance(what, nn.Module):
-        return Subject(_checked(what), type(what).__name__, tokenizer=tokenizer)
+        return _in_dtype(Subject(_checked(what), type(what).__name__, tokenizer=tokenizer), dtype)
     name = os.fspath(what)
     if not name.strip():
         raise SubjectError(
@@ -124,6 +128,8 @@ def open_subject(
         _check_folder(name)
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = torch.float32
+    if dtype == "stored":
+        dtype = "auto"  # what transformers calls it
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": _is_folder(source),
@@ -146,6 +152,25 @@ def open_subject(
     if tokenizer is None:
         tokenizer = _tokenizer(source, options)
     return Subject(_checked(model), shown, tokenizer=tokenizer)
+
+
+def _named_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """The dtype of a name; "auto" and "stored" stay."""
+    if isinstance(dtype, torch.dtype) or dtype in ("auto", "stored"):
+        return dtype
+    if dtype not in DTYPES:
+        raise SubjectError(f"dtype={dtype!r} is not one of auto, stored, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _in_dtype(subject: Subject, dtype: torch.dtype | str) -> Subject:
+    """A live model as it is; it is not ours to convert."""
+    if isinstance(dtype, torch.dtype) and subject.model.dtype != dtype:
+        raise SubjectError(
+            f"{subject.name} is loaded in {subject.model.dtype}, and a live model is not converted; "
+            f"load it in {dtype}, or give its folder or hub id."
+        )
+    return subject
 
 
 def _is_folder(source: str) -> bool:

@@ -71,7 +71,7 @@ def tiny_model(
 
     Two layers, hidden size 32, four heads on two KV heads, 96 ids; `overrides` are config keys.
     """
-    settings = {**_SMALL, **FAMILIES[family], **overrides}
+    settings = {**_SMALL, **FAMILIES.get(family, {}), **overrides}
     config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

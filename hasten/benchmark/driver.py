@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections import Counter
@@ -98,6 +99,7 @@ def bench(
     model: Model,
     *plan: str | Plan | Technique,
     runner: str = "auto",
+    dtype: str = "auto",
     prompts: list[str] | None = None,
     max_new_tokens: int = 128,
     rounds: int = 5,
@@ -117,6 +119,8 @@ def bench(
         plan: techniques; see `Plan.parse`. An empty plan measures the baselines only.
         runner: "auto" takes whichever of eager and compiled is faster for the baseline, and for
             each plan the same one where its techniques run on it; or the name of one.
+        dtype: of the weights. "auto" takes whichever is faster of float32 and the checkpoint's own,
+            so that no weight is rounded for speed; or "float32", "bfloat16", "float16".
         prompts: texts to time; by default passages of held-out Python source.
         rounds: timed rounds; fewer than 5 are refused.
         pairs: also measure every pair of the techniques.
@@ -129,7 +133,7 @@ def bench(
     parsed = Plan.parse(*plan)
     if threads is not None:
         _set_threads(threads)
-    subject = open_subject(model)
+    subject = open_subject(model, dtype=dtype)
     _check_runner(runner)
     if record:
         Ledger().check_writable()
@@ -147,6 +151,8 @@ def bench(
     if prepare_missing:
         job.prepare(parsed)
     machine_limits = limits(on_tick=tick)
+    if dtype == "auto" and isinstance(model, str | os.PathLike):
+        job.choose_dtype(open_subject(model, dtype="stored"))
     chosen = job.choose_runner(runner)
     everything = job.contenders([*plans, *extra], chosen, forced=runner != "auto")
     timings = job.time(everything, rounds)
@@ -229,6 +235,28 @@ class _Job:
         """A tick that says what it is about."""
         return lambda done, total, message: self.tick(done, total, f"{words}: {message}")
 
+    def choose_dtype(self, stored: Subject) -> None:
+        """Take the checkpoint's own dtype where plain decoding is faster in it.
+
+        No other is tried: float32 holds every stored weight, and a narrower one would round them.
+        """
+        if stored.model.dtype == self.subject.model.dtype:
+            return
+        seconds = {}
+        both = {str(s.model.dtype).removeprefix("torch."): s for s in (self.subject, stored)}
+        for step, (name, subject) in enumerate(both.items()):
+            self.tick(step, 2, f"choosing the baseline: {name}")
+            self.subject = subject
+            seconds[name] = self._fastest(self._open(Plan(()), "eager"))
+        self.subject = both[min(seconds, key=lambda name: seconds[name])]
+        self.tick(2, 2, "")
+
+    def _fastest(self, contender: _Contender) -> float:
+        """Seconds of the fastest of a few calls, after two that compile and warm up."""
+        for _ in range(2):
+            self._call(contender)
+        return min(self._call(contender).seconds for _ in range(3))
+
     def choose_runner(self, wanted: str) -> str:
         """The faster runner for plain decoding; compiling is not counted."""
         if wanted != "auto":
@@ -237,10 +265,7 @@ class _Job:
         for step, name in enumerate(("eager", "compiled")):
             self.tick(step, 2, f"choosing the baseline: {name}")
             try:
-                contender = self._open(Plan(()), name)
-                for _ in range(2):
-                    self._call(contender)  # compiles, then warms up
-                speeds[name] = min(self._call(contender).seconds for _ in range(3))
+                speeds[name] = self._fastest(self._open(Plan(()), name))
             except HastenError:
                 raise
             except Exception as error:  # a compiler that is missing or fails is no reason to stop

@@ -8,6 +8,8 @@ from hasten.measure.ceilings import Ceiling
 from hasten.measure.clock import Ratio
 from hasten.plan import Plan
 
+ATTEMPTS = ("drafted",)  # counters of what was tried; a technique is at work if others move
+
 
 def own_activity(plan: Plan, activity: dict[str, float]) -> dict[str, float]:
     """The counters that the plan's techniques moved (the loop's own are left out)."""
@@ -27,10 +29,16 @@ def verdict(
         return "broken", f"it does not keep to its class: {proof['detail']}"
     moved = own_activity(plan, activity)
     idle = [
-        t.name for t in plan if not any(v for k, v in moved.items() if k.split(".")[0] == t.name)
+        technique.name
+        for technique in plan
+        if not any(
+            count
+            for key, count in moved.items()
+            if key.split(".")[0] == technique.name and not key.endswith(ATTEMPTS)
+        )
     ]
     if idle:
-        return "inactive", f"{', '.join(idle)} did nothing on this workload (no counter moved)"
+        return "inactive", f"{', '.join(idle)} did nothing on this workload"
     if ratio.is_faster:
         return "faster", f"the whole interval lies above 1; {ceiling.detail}"
     return "no gain", _why(plan, ratio, activity, ceiling)

@@ -12,6 +12,8 @@ import typer
 
 from hasten.cli.shared import (
     AsJson,
+    Dtype,
+    DtypeName,
     MaxNewTokens,
     Model,
     Plans,
@@ -49,6 +51,7 @@ def bench(
     model: Model,
     plans: Plans,
     runner: Runner = RunnerName.AUTO,
+    dtype: Dtype = DtypeName.AUTO,
     prompt: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="A prompt. Repeatable. Default: held-out text."),
@@ -99,6 +102,7 @@ def bench(
                 model,
                 *chosen,
                 runner=runner.value,
+                dtype=dtype.value,
                 prompts=texts or None,
                 max_new_tokens=max_new_tokens,
                 rounds=rounds,

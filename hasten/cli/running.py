@@ -13,6 +13,8 @@ import typer
 
 from hasten.cli.shared import (
     AsJson,
+    Dtype,
+    DtypeName,
     MaxNewTokens,
     Model,
     Plans,
@@ -55,6 +57,7 @@ def generate(
     ],
     plans: Plans = [],  # noqa: B006  (typer copies it)
     runner: Runner = RunnerName.AUTO,
+    dtype: Dtype = DtypeName.AUTO,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[
         float, typer.Option(metavar="X", help="Above 0 samples; 0 takes the likeliest token.")
@@ -91,7 +94,7 @@ def generate(
 
         import hasten
 
-        subject, tokenizer = _with_tokenizer(model)
+        subject, tokenizer = _with_tokenizer(model, dtype.value)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         # For one call a compiler's start-up costs more than it gains, so auto is eager here.
         name = RunnerName.EAGER if runner is RunnerName.AUTO else runner
@@ -144,10 +147,10 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dic
     return {"do_sample": False}
 
 
-def _with_tokenizer(model: str) -> tuple[Subject, PreTrainedTokenizerBase]:
+def _with_tokenizer(model: str, dtype: str = "auto") -> tuple[Subject, PreTrainedTokenizerBase]:
     from hasten.subject import open_subject
 
-    subject = open_subject(model)
+    subject = open_subject(model, dtype=dtype)
     if subject.tokenizer is None:
         raise HastenError(
             f"{model} has no tokenizer, and this verb works on text; add its tokenizer files."

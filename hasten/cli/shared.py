@@ -110,6 +110,20 @@ class RunnerName(StrEnum):
     COMPILED = "compiled"
 
 
+class DtypeName(StrEnum):
+    """Dtypes of weights by name; `auto` leaves the choice to the verb."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(metavar="NAME", help="Of the weights: auto, float32, bfloat16 or float16."),
+]
+
 Runner = Annotated[
     RunnerName,
     typer.Option(metavar="NAME", help="What executes the passes: auto, eager or compiled."),

@@ -2,15 +2,15 @@
 
 Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads"
 (arXiv 2401.10774). Head k turns the state h at position t into z = h + SiLU(W_k h + b_k) and
-guesses token t + k + 1, where the model's own head guesses t + 1. What differs from the paper's
-repository: every head shares the model's LM head instead of training a copy of it, and b_k starts
-at zero like W_k, so that an untrained head is the LM head itself.
+guesses token t + k + 1 with an output layer of its own, where the model's own head guesses t + 1.
+What differs from the paper's repository: b_k starts at zero like W_k, so that an untrained head is
+the LM head itself, and the layers of a head that has several do not share their weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,12 @@ from hasten.technique import (
 
 @dataclass
 class Heads:
-    """The heads as one matrix product, and the tree that their guesses fill.
+    """The heads as a few batched products, and the tree that their guesses fill.
 
     Attributes:
-        weight: (heads * hidden, hidden), only the heads that the tree needs.
-        bias: (heads * hidden,).
+        weight: (layers, heads, hidden, hidden), only the heads that the tree needs, transposed.
+        bias: (layers, heads, 1, hidden).
+        output: (heads, hidden, vocabulary), transposed; None where the LM head serves them all.
         lm_head: the model's own output layer.
         columns: (nodes,) each node's guess among the heads' best ones, head after head.
         num_ranks: best guesses taken from each head.
@@ -53,15 +54,21 @@ class Heads:
 
     weight: Tensor
     bias: Tensor
-    lm_head: nn.Module
+    output: Tensor | None
+    lm_head: Any
     tree: Tree
     columns: Tensor
     num_ranks: int
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, heads, vocabulary) of all heads for states (batch, hidden)."""
-        step = F.silu(F.linear(hidden, self.weight, self.bias))
-        return self.lm_head(hidden[:, None] + step.view(hidden.shape[0], -1, hidden.shape[1]))
+        states = hidden.expand(self.weight.shape[1], -1, -1)
+        for weight, bias in zip(self.weight, self.bias, strict=True):
+            states = states + F.silu(torch.baddbmm(bias, states, weight))
+        if self.output is None:
+            return self.lm_head(states.transpose(0, 1))
+        logits = torch.bmm(states, self.output).transpose(0, 1)
+        return logits if self.lm_head.bias is None else logits + self.lm_head.bias
 
     def tokens(self, hidden: Tensor) -> Tensor:
         """The tree's tokens (batch, nodes)."""
@@ -106,8 +113,9 @@ class Medusa(Drafter, Acceptor):
             "to ties that are closer than rounding (a pass over several tokens rounds differently "
             "from single passes, which bfloat16 can show). Sampling with acceptance=exact keeps the "
             "model's distribution; acceptance=typical does not and is lossy, and at temperature zero "
-            "it is the exact rule. The paper trains 5 heads with an output layer each; here they "
-            "share the model's LM head and 3 are the default, since small models guess less far. "
+            "it is the exact rule. The paper trains 5 heads of one layer; here 3 heads of "
+            "two are the default, since small models guess less far and say less in their states. "
+            "tied=true shares the model's LM head: far less memory, and guesses that are worse. "
             "A pass over a tree costs more than a pass over one token, on CPUs above all: more nodes "
             "are accepted further, but not faster."
         ),
@@ -118,9 +126,11 @@ class Medusa(Drafter, Acceptor):
         changes=frozenset({Resource.ONE_TOKEN_PASSES}),
         runners=frozenset({"eager", "compiled"}),
     )
-    part_knobs: ClassVar[tuple[str, ...]] = ("num_heads",)
+    part_knobs: ClassVar[tuple[str, ...]] = ("num_heads", "num_layers", "tied")
 
     num_heads: int = knob(3, "heads that are trained; more look further ahead", low=1, high=8)
+    num_layers: int = knob(2, "layers of each head; more guess better", low=1, high=8)
+    tied: bool = knob(False, "whether the heads share the model's LM head, which saves memory")
     num_nodes: int = knob(
         8,
         "drafted tokens that each pass checks; more are accepted, each pass costs more",
@@ -161,9 +171,14 @@ class Medusa(Drafter, Acceptor):
             tree = tuned_tree(accuracy, self.num_nodes)
         num_ranks = max(tree.ranks) + 1
         columns = [(d - 1) * num_ranks + r for d, r in zip(tree.depths, tree.ranks, strict=True)]
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor[: tree.depth].to(model.device, model.dtype)
+
         return Heads(
-            parts["weight"][: tree.depth].flatten(0, 1).to(model.device, model.dtype),
-            parts["bias"][: tree.depth].flatten().to(model.device, model.dtype),
+            cast(parts["weight"]).permute(1, 0, 3, 2).contiguous(),
+            cast(parts["bias"]).transpose(0, 1)[:, :, None].contiguous(),
+            None if self.tied else cast(parts["output"]).transpose(1, 2),
             model.get_output_embeddings(),
             tree,
             torch.tensor(columns, device=model.device),
@@ -198,4 +213,4 @@ class Medusa(Drafter, Acceptor):
 
     def prepare(self, preparation: Preparation) -> Parts:
         """Train the heads on the frozen model's states (Medusa-1) and measure their guesses."""
-        return train_heads(preparation, self.num_heads)
+        return train_heads(preparation, self.num_heads, num_layers=self.num_layers, tied=self.tied)

@@ -425,6 +425,10 @@ class _Job:
     ) -> dict[str, Any]:
         plan = contender.plan
         activity = {key: float(value) for key, value in contender.activity.items()}
+        # Of decoding only: each prompt takes one pass over itself, which gives one token.
+        for key in ("passes", "emitted"):
+            activity[key] -= len(self.work.prompts)
+        activity["positions"] -= sum(prompt.shape[1] for prompt in self.work.prompts)
         counter.message = f"quality and proof of {name}"
         ours = answer(contender.model, self.work, counter)
         block = compare(ours, original, self.work, self.seed)
@@ -449,6 +453,11 @@ class _Job:
             "ratio": ratio.to_dict(),
             "tokens_per_second": timings.tokens_per_second(name).to_dict(),
             "prefill_seconds": _median(timings, name, "prefill_seconds", len(self.work.prompts)),
+            # Of what plain decoding could do at best: a plan that moves fewer bytes may pass 1.
+            "limit_fraction": found.fraction_of_limit(
+                bytes_per_second=work.total_bytes * self._decode_rate(timings, name),
+                working_set_bytes=work.total_bytes,
+            ),
             "ceiling": top.to_dict()["value"],
             "ceiling_detail": top.to_dict(),
             "reached": reached(ratio.median, top),
@@ -467,6 +476,13 @@ class _Job:
                 for c in t.card.claims
             ],
         }
+
+    def _decode_rate(self, timings: Timings, name: str) -> float:
+        """Tokens a second after each prompt and the token that comes with it."""
+        spread = timings.phase(name, "decode_seconds")
+        assert spread is not None
+        tokens = timings.samples[name][0].tokens - len(self.work.prompts)
+        return tokens / max(spread.median, 1e-9)
 
     def _peak(self, contender: _Contender) -> int:
         """Peak memory of the process during one call of its own."""

@@ -169,7 +169,7 @@ def prove(
     """Proof that a plan keeps to its loss class: {"passed": bool, "detail": what was shown}."""
     if loss is Loss.LOSSY:
         return _prove_lossy(quality)
-    passed, detail = _prove_ids(original, ours, theirs, work)
+    passed, detail = prove_ids(original, ours, theirs, work)
     if not passed or loss is Loss.EXACT:
         return {"passed": passed, "detail": detail}
     test = _sampling_test(model, original, work, tick)
@@ -180,7 +180,7 @@ def prove(
     }
 
 
-def _prove_ids(
+def prove_ids(
     original: CausalModel, ours: Answers, theirs: Answers, work: Workload
 ) -> tuple[bool, str]:
     """Whether greedy ids are the original's own, up to ties that rounding decides.

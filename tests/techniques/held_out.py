@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hasten
+from hasten.measure.parsing import parses
 from hasten.subject import Subject, open_subject
 from hasten.zoo.corpus import shipped_held_out
 
@@ -54,6 +55,21 @@ def items() -> Tensor:
         found += [ids[start : start + length] for start in range(0, len(ids) - length, 3 * length)]
     places = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:ITEMS]
     return torch.stack([found[place] for place in places.tolist()])
+
+
+@cache
+def function_beginnings(count: int) -> list[str]:
+    """Beginnings of top-level functions in held-out files, right as far as they go."""
+    found: list[str] = []
+    for file in sorted(shipped_held_out(), key=lambda file: file.path):
+        for start in range(0, len(file.text), 1500):
+            at = file.text.find("\ndef ", start)
+            piece = file.text[at + 1 : at + 401]
+            piece = piece[: piece.rfind("\n")]
+            judged = at >= 0 and parses(piece + "\nx\n", prompt_chars=len(piece)) is not None
+            if judged and piece not in found:
+                found.append(piece)
+    return found[:: len(found) // count][:count]
 
 
 @cache

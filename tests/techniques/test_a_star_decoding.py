@@ -27,8 +27,8 @@ from hasten.causal.run import Run
 from hasten.errors import HastenError, PlanError
 from hasten.measure.parsing import parses
 from hasten.plan import Plan
-from hasten.zoo import catalogue
 from tests import models
+from tests.techniques.held_out import function_beginnings
 
 NAME = "a_star_decoding"
 NEW = 40
@@ -718,7 +718,7 @@ def test_a_verifier_helps_a_trained_model(zoo: Callable[[str], Path]) -> None:
     parses), but search above chance and above best-of-n, and an inverted verifier below greedy."""
     register_scorer("inverted", lambda cs: [1 - value for value in scorers.parses(cs)])
     subject = hasten.open_subject(zoo("code-lm-small"))
-    prompts = held_out_prompts(8)
+    prompts = function_beginnings(8)
 
     def parsed(*chain: AStarDecoding) -> int:
         found = 0
@@ -739,21 +739,3 @@ def test_a_verifier_helps_a_trained_model(zoo: Callable[[str], Path]) -> None:
         plan(step_border="", max_step=1000, stop="best")
     )  # best of three, as many tokens
     assert parsed(plan(max_tokens=250, scorer="inverted")) <= greedy - 2
-
-
-def held_out_prompts(count: int) -> list[str]:
-    """Beginnings of top-level functions in held-out files, right as far as they go."""
-    found: list[str] = []
-    for text in catalogue.held_out_files("code-lm-small"):
-        for start in range(0, len(text), 1500):
-            at = text.find("\ndef ", start)
-            piece = text[at + 1 : at + 401]
-            piece = piece[: piece.rfind("\n")]
-            judged = at >= 0 and parses(piece + "\nx\n", prompt_chars=len(piece)) is not None
-            if (
-                judged
-                and scorers.parses([candidate(piece + "\n", "")]) == [1.0]
-                and piece not in found
-            ):
-                found.append(piece)
-    return found[:: len(found) // count][:count]

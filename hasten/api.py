@@ -14,6 +14,7 @@ from hasten.causal.engine import CausalModel
 from hasten.causal.engine import prepare as prepare_causal
 from hasten.errors import PlanError
 from hasten.home import atomic_write
+from hasten.masked.engine import MaskedModel
 from hasten.parts import default_path
 from hasten.parts import load as load_part
 from hasten.parts import save as save_part
@@ -34,7 +35,7 @@ def apply(
     parts: dict[str, Parts] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
-) -> CausalModel:
+) -> CausalModel | MaskedModel:
     """Put a plan on a model.
 
     Args:
@@ -50,7 +51,25 @@ def apply(
     """
     parsed = Plan.parse(*plan)
     subject = open_subject(model, tokenizer=tokenizer, **options)
-    return CausalModel(subject, parsed, runner=runner, parts=parts)
+    return put(subject, parsed, runner=runner, parts=parts)
+
+
+def put(
+    subject: Subject, plan: Plan, *, runner: str = "eager", parts: dict[str, Parts] | None = None
+) -> CausalModel | MaskedModel:
+    """Put a plan on an open subject, by the engine that runs it."""
+    for technique in plan:
+        engines = {slot.engine for slot in technique.contract.slots}
+        if subject.engine not in engines:
+            raise PlanError(
+                f"{technique.name} is of the {min(engines)} engine, and {subject.name} runs on the "
+                f"{subject.engine} one; `hasten list --engine {subject.engine}` shows what fits."
+            )
+    if subject.engine == "causal":
+        return CausalModel(subject, plan, runner=runner, parts=parts)
+    if runner != "eager":
+        raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
+    return MaskedModel(subject, plan, parts=parts)
 
 
 def prepare(
@@ -81,7 +100,7 @@ def prepare(
     return made
 
 
-def save(applied: CausalModel, folder: str | os.PathLike[str]) -> Path:
+def save(applied: CausalModel | MaskedModel, folder: str | os.PathLike[str]) -> Path:
     """Write a plan and its trained parts: `plan.toml` and one safetensors file per trained technique.
 
     The model itself is not copied; the parts carry its hash, and `load` refuses any other.
@@ -97,7 +116,7 @@ def save(applied: CausalModel, folder: str | os.PathLike[str]) -> Path:
 
 def load(
     folder: str | os.PathLike[str], model: Model, *, runner: str = "eager", **options: Any
-) -> CausalModel:
+) -> CausalModel | MaskedModel:
     """Put a saved plan on a model, with the parts that were saved with it.
 
     Raises:
@@ -113,4 +132,4 @@ def load(
         path = place / f"{technique.name}.safetensors"
         if technique.card.trained or path.is_file():
             parts[technique.name] = load_part(path, technique, subject.hash)
-    return CausalModel(subject, plan, runner=runner, parts=parts)
+    return put(subject, plan, runner=runner, parts=parts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,9 @@ import hasten.zoo.catalogue as zoo
 from hasten.errors import HastenError, PlanError
 from hasten.home import atomic_write, home
 from hasten.technique import Parts, Technique
+
+if TYPE_CHECKING:
+    from hasten.subject import Subject
 
 SAMPLED = 16_384  # values of each tensor that enter the hash
 
@@ -95,6 +99,25 @@ def find(technique: Technique, belongs_to: str) -> Parts | None:
         except PlanError:
             continue  # another model's or other knobs'
     return None
+
+
+def parts_for(technique: Technique, subject: Subject, given: Mapping[str, Parts]) -> Parts:
+    """The parts that a technique needs on a model: those given, else those on disk.
+
+    Raises:
+        PlanError: where it needs some and there are none.
+    """
+    if technique.name in given:
+        return given[technique.name]
+    if not technique.card.trained:
+        return {}
+    found = find(technique, subject.hash)
+    if found is None:
+        raise PlanError(
+            f"{technique.name} has no trained part for {subject.name}; train one with "
+            f"`hasten prepare {subject.name} --with {technique.name}` or hasten.prepare(...)."
+        )
+    return found
 
 
 def _candidates(technique: Technique, belongs_to: str) -> Iterator[Path]:

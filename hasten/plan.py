@@ -142,7 +142,7 @@ def conflict(first: Technique, second: Technique) -> str | None:
     """Why two techniques cannot stand in one plan, from their contracts; None if they can."""
     if first.name == second.name:
         return f"{first.name} stands in the plan twice; name it once."
-    ours, theirs = first.contract, second.contract
+    ours, theirs = first.terms(), second.terms()
     for slot in ours.slots:
         if slot.exclusive and slot in theirs.slots:
             return (
@@ -150,7 +150,7 @@ def conflict(first: Technique, second: Technique) -> str | None:
                 "technique; leave one of them out."
             )
     for needing, changing in ((first, second), (second, first)):
-        clash = needing.contract.needs & changing.contract.changes
+        clash = needing.terms().needs & changing.terms().changes
         if clash:
             resource = min(clash, key=lambda r: r.name)
             return (

@@ -23,10 +23,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import hasten.zoo.catalogue as zoo
 from hasten.errors import SubjectError
+from hasten.masked import checkpoints
 from hasten.parts import model_hash
 from hasten.technique import Slot
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MaskedForm:
+    """What a masked-diffusion checkpoint expects of its reader.
+
+    Attributes:
+        mask_id: the id that stands for a token to be found.
+        shifted: the output at position i is about position i + 1, as in models that were
+            autoregressive before.
+        block_length: attention sees whole blocks of so many tokens and those before, not those
+            behind; None sees everything.
+    """
+
+    mask_id: int
+    shifted: bool = False
+    block_length: int | None = None
 
 
 @dataclass
@@ -36,14 +54,19 @@ class Subject:
     Attributes:
         model: the model itself, in eval mode.
         name: how it was named: zoo name, folder or hub id; the class name for a live object.
-        engine: which engine runs it.
         tokenizer: its tokenizer where there is one.
+        form: how to read a masked-diffusion model; None for any other.
     """
 
     model: PreTrainedModel
     name: str
-    engine: str = "causal"
     tokenizer: PreTrainedTokenizerBase | None = None
+    form: MaskedForm | None = None
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it."""
+        return "causal" if self.form is None else "masked"
 
     @cached_property
     def hash(self) -> str:
@@ -115,7 +138,8 @@ def open_subject(
     if isinstance(what, Subject):
         return _in_dtype(what, dtype)
     if isinstance(what, nn.Module):
-        return _in_dtype(Subject(_checked(what), type(what).__name__, tokenizer=tokenizer), dtype)
+        name, form = type(what).__name__, masked_form(what)
+        return _in_dtype(Subject(_checked(what, form), name, tokenizer, form), dtype)
     name = os.fspath(what)
     if not name.strip():
         raise SubjectError(
@@ -135,23 +159,75 @@ def open_subject(
         "local_files_only": _is_folder(source),
     }
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        _check_config(config, shown)
-        # What does not fit the config would be filled with random numbers, so ask for the list.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-        model, loading = loaded
+        foreign = checkpoints.config_of(source, local=_is_folder(source))
+        if foreign is not None:
+            source = source if _is_folder(source) else checkpoints.fetch(source)
+            options["local_files_only"] = True
+            model: Any = checkpoints.load(source, foreign, dtype=dtype, shown=shown)
+        else:
+            model = _loaded(source, dtype, options, shown)
     except SubjectError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SubjectError(_unopened(shown, error)) from error
-    _check_weights(loading, shown)
     if device is not None or torch.cuda.is_available():
         model = model.to(device or "cuda")
     if tokenizer is None:
-        tokenizer = _tokenizer(source, options)
-    return Subject(_checked(model), shown, tokenizer=tokenizer)
+        tokenizer = _tokenizer(source, options, None if foreign is None else model.config)
+    form = masked_form(model)
+    return Subject(_checked(model, form), shown, tokenizer, form)
+
+
+def _loaded(
+    source: str, dtype: torch.dtype | str, options: dict[str, Any], shown: str
+) -> PreTrainedModel:
+    """A causal language model of transformers, with every weight that its config asks for."""
+    config = AutoConfig.from_pretrained(source, **options)
+    _check_config(config, shown)
+    # What does not fit the config would be filled with random numbers, so ask for the list.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, loading = loaded
+    _check_weights(loading, shown)
+    return model  # type: ignore[no-any-return]
+
+
+def masked_form(model: nn.Module) -> MaskedForm | None:
+    """How to read a model that fills masks, from its config; None for one that reads left to right.
+
+    A config says `is_causal: false` and `mask_token_id`; further `shifted_logits` and `block_length`
+    where they are not false and none.
+
+    Raises:
+        SubjectError: where it sees both ways and names no mask.
+    """
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_causal", True):
+        return None
+    mask_id = getattr(config, "mask_token_id", None)
+    if mask_id is None:
+        raise SubjectError(
+            f"{type(model).__name__} reads both ways (is_causal is false), but its config names no "
+            "mask_token_id; add the id of its mask to config.json."
+        )
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    if not _is_count(mask_id) or mask_id >= vocabulary:
+        raise SubjectError(
+            f"The config of {type(model).__name__} says mask_token_id={mask_id!r}; allowed is 0 to "
+            f"{vocabulary - 1}."
+        )
+    block_length = getattr(config, "block_length", None)
+    if block_length is not None and (not _is_count(block_length) or block_length == 0):
+        raise SubjectError(
+            f"The config of {type(model).__name__} says block_length={block_length!r}; it must be a "
+            "whole number of 1 or more, or none."
+        )
+    return MaskedForm(mask_id, bool(getattr(config, "shifted_logits", False)), block_length)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _named_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -254,10 +330,19 @@ def _unopened(name: str, error: Exception) -> str:
     return f"Cannot open {name}: {reason}"
 
 
-def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that comes with a model, or None: ids in, ids out; what needs text says so."""
+def _tokenizer(
+    source: str, options: dict[str, Any], config: Any = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model, or None: ids in, ids out; what needs text says so.
+
+    `config` stands in for the folder's own where transformers does not know that one.
+    """
+    kind: dict[str, Any] = {"config": config}
+    if config is not None and not (Path(source) / "tokenizer.json").is_file():
+        # The class that it names comes as code; the family's own reads the same vocabulary files.
+        kind = {"tokenizer_type": config.model_type}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kind, **options)
     except Exception as error:  # a damaged file raises whatever its parser does
         if (Path(source) / "tokenizer.json").is_file():
             raise SubjectError(
@@ -268,8 +353,8 @@ def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase 
     return tokenizer if tokenizer.vocab_size else None
 
 
-def _checked(model: nn.Module) -> PreTrainedModel:
-    """The model, if the causal engine can run it."""
+def _checked(model: nn.Module, form: MaskedForm | None) -> PreTrainedModel:
+    """The model, if its engine can run it."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise SubjectError(
             f"{type(model).__name__} is no model that an engine of hasten runs; the causal engine takes "
@@ -286,7 +371,9 @@ def _checked(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} ({config.model_type}) is a model family that the causal engine cannot run: it "
             "needs a decoder whose every layer looks its attention up in transformers' registry."
         )
-    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+    if form is None and any(
+        getattr(module, "is_causal", None) is False for module in model.modules()
+    ):
         raise SubjectError(
             f"{type(model).__name__} ({config.model_type}) attends to what follows a token too, so no engine of "
             "hasten runs it; the causal engine takes models that read from left to right."

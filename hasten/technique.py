@@ -57,6 +57,8 @@ class Resource(Enum):
     LOGITS = "the logits"
     ONE_TOKEN_PASSES = "passes that each decide one token"
     MODEL_CHOICE = "which model runs the next pass"
+    FIXED_PLACES = "places that stay fixed once they are"
+    TOKEN_INPUTS = "inputs that are nothing but tokens"
 
 
 class Slot(Enum):
@@ -68,6 +70,12 @@ class Slot(Enum):
     KV = ("causal", "kv", True)
     CONTROLLER = ("causal", "controller", True)
     EMISSION = ("causal", "emission", True)
+    COMMITTER = ("masked", "committer", True)
+    REMASKER = ("masked", "remasker", True)
+    CANDIDATES = ("masked", "candidates", True)
+    WINDOW = ("masked", "window", True)
+    EMBEDDING = ("masked", "embedding", True)
+    LOSS = ("training", "loss", False)
 
     def __init__(self, engine: str, label: str, exclusive: bool) -> None:
         self.engine = engine
@@ -184,6 +192,10 @@ class Technique:
         """What the technique may change at these knobs; the card says it for the defaults."""
         return self.card.loss
 
+    def terms(self) -> Contract:
+        """The contract at these knobs: some turn a part of the technique off, and free its slot."""
+        return self.contract
+
     @property
     def knobs(self) -> dict[str, Any]:
         """All knobs with their values, in the order of their declaration."""
@@ -195,6 +207,8 @@ def _checked(name: str, knob_name: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if value is None and str in options and types.NoneType not in options:
+        return "none"  # a plan's bare word is read as a constant where it could be one
     for option in options:
         if option is int and isinstance(value, bool):
             continue
@@ -231,11 +245,16 @@ def _check_limits(name: str, knob_name: str, value: Any, limits: Knob) -> None:
 # nothing until it is looked up, so `import hasten` stays light.
 BUILT_IN: dict[str, str] = {
     "a_star_decoding": "hasten.causal.controller.a_star_decoding",
+    "confidence_threshold": "hasten.masked.committer.confidence_threshold",
     "d2o": "hasten.causal.kv.d2o",
+    "dinfer": "hasten.masked.committer.dinfer",
     "double_sparsity": "hasten.causal.kv.double_sparsity",
     "draft_model": "hasten.causal.drafter.draft_model",
     "elastic_cache": "hasten.causal.kv.elastic_cache",
     "entropy_adaptive_decoding": "hasten.causal.controller.entropy_adaptive_decoding",
+    "fixed_steps": "hasten.masked.committer.fixed_steps",
+    "freecache": "hasten.masked.window.freecache",
+    "freedave": "hasten.masked.candidates.freedave",
     "heavy_hitter": "hasten.causal.kv.heavy_hitter",
     "kv_prediction": "hasten.causal.prefill.kv_prediction",
     "lexical_unit_decoding": "hasten.causal.emission.lexical_unit_decoding",
@@ -244,6 +263,8 @@ BUILT_IN: dict[str, str] = {
     "prompt_lookup": "hasten.causal.drafter.prompt_lookup",
     "random_eviction": "hasten.causal.kv.random_eviction",
     "recycled_attention": "hasten.causal.kv.recycled_attention",
+    "repr_align": "hasten.training.loss.repr_align",
+    "saber": "hasten.masked.remasker.saber",
     "sinks_recent": "hasten.causal.kv.sinks_recent",
 }
 ENTRY_POINTS = "hasten.techniques"

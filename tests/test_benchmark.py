@@ -27,14 +27,18 @@ from hasten.plan import Plan
 from hasten.technique import _REGISTERED, Card, Contract, Loss, Slot, technique
 from tests import models
 
-OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "runner": "eager"}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "runner": "eager", "rounds": 5}
 
 
 @pytest.fixture(scope="module")
 def result(zoo: Any) -> dict[str, Any]:
     zoo("code-lm-tiny")
     return hasten.bench(
-        "code-lm-tiny", "prompt_lookup", "sinks_recent(budget=0.25)", **OPTIONS
+        "code-lm-tiny",
+        "prompt_lookup",
+        "sinks_recent(budget=0.25)",
+        beside=["random_eviction(budget=0.25)"],
+        **OPTIONS,
     ).to_dict()
 
 
@@ -46,6 +50,10 @@ def test_rows_are_each_technique_alone_and_last_the_whole_plan(result: dict[str,
         "prompt_lookup, sinks_recent(budget=0.25)",
     ]
     assert len(rows_of(Plan.parse("prompt_lookup"))) == 1
+    (rival,) = result["beside"]
+    assert rival["plan"] == "random_eviction(budget=0.25)"
+    worse, better = (r["quality"]["perplexity"]["value"] for r in (rival, result["rows"][1]))
+    assert worse > better
 
 
 def test_the_object_holds_what_the_documentation_promises(result: dict[str, Any]) -> None:

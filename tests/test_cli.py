@@ -331,7 +331,7 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
     monkeypatch.setattr("hasten.benchmark.bench", measure)
     Path("p.jsonl").write_text('"one"\n{"prompt": "two"}\n')
     options = "--runner eager --prompt zero --prompts p.jsonl --max-new-tokens 7 --rounds 6 --pairs --no-quality"
-    more = "--no-prepare --no-record --seed 3 --threads 1 --dtype float32"
+    more = "--no-prepare --no-record --seed 3 --threads 1 --dtype float32 --beside d2o"
     result = run(
         "bench",
         "m",
@@ -349,7 +349,7 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
     assert seen == {
         "model": "m", "plan": ("medusa, d2o", "x"), "runner": "eager", "prompts": ["zero", "one", "two"],
         "max_new_tokens": 7, "rounds": 6, "pairs": True, "quality": False, "prepare_missing": False,
-        "record": False, "seed": 3, "threads": 1, "dtype": "float32",
+        "record": False, "seed": 3, "threads": 1, "dtype": "float32", "beside": ["d2o"],
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -41,6 +41,8 @@ Tick = Callable[[int, int, str], None]
 
 NAIVE = "model.generate"
 BASELINE = "baseline"
+ROUNDS = 9  # with nine, one disturbed round does not reach the interval
+CHOICE_ROUNDS = 7  # in which the baseline's settings are compared
 PREPARE_BYTES = 4_000_000  # of the standard library, to train parts on
 CLASS_ORDER = (Loss.EXACT, Loss.DISTRIBUTION, Loss.LOSSY)
 
@@ -102,8 +104,9 @@ def bench(
     dtype: str = "auto",
     prompts: list[str] | None = None,
     max_new_tokens: int = 128,
-    rounds: int = 5,
+    rounds: int = ROUNDS,
     pairs: bool = False,
+    beside: Sequence[str | Plan | Technique] = (),
     quality: bool = True,
     seed: int = 0,
     threads: int | None = None,
@@ -124,6 +127,8 @@ def bench(
         prompts: texts to time; by default passages of held-out Python source.
         rounds: timed rounds; fewer than 5 are refused.
         pairs: also measure every pair of the techniques.
+        beside: further plans, each on its own, measured in the same turns: rivals to compare with.
+            They need not go together with the plan or with each other.
         prepare_missing: train parts that are missing (takes minutes); otherwise that is an error.
         record: write the rows into the ledger.
 
@@ -131,38 +136,96 @@ def bench(
         HastenError: for bad input; nothing is recorded then.
     """
     parsed = Plan.parse(*plan)
+    others = [Plan.parse(one) for one in beside]
     if threads is not None:
         _set_threads(threads)
     subject = open_subject(model, dtype=dtype)
     _check_runner(runner)
     if record:
         Ledger().check_writable()
+    stored = None
+    if dtype == "auto" and isinstance(model, str | os.PathLike):
+        stored = open_subject(model, dtype="stored")
+    if subject.engine == "masked":
+        return _bench_masked(
+            subject,
+            stored,
+            parsed,
+            others,
+            pairs=pairs,
+            record=record,
+            command=command,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            rounds=rounds,
+            quality=quality,
+            seed=seed,
+            tick=tick or (lambda done, total, message: None),
+        )
     work = make_workload(
         subject, prompts=prompts, max_new_tokens=max_new_tokens, seed=seed, quality=quality
     )
     job = _Job(subject, work, seed, tick or (lambda done, total, message: None))
-    plans = rows_of(parsed)
-    two = (
-        [Plan.parse(a, b) for a, b in combinations(parsed, 2) if not conflict(a, b)]
-        if pairs
-        else []
-    )
-    extra = [p for p in two if str(p) not in {str(q) for q in plans}]
+    plans = _distinct(rows_of(parsed), _pairs_of(parsed) if pairs else [], others)
     if prepare_missing:
-        job.prepare(parsed)
+        job.prepare([technique for one in plans for technique in one])
     machine_limits = limits(on_tick=tick)
-    if dtype == "auto" and isinstance(model, str | os.PathLike):
-        job.choose_dtype(open_subject(model, dtype="stored"))
-    chosen = job.choose_runner(runner)
-    everything = job.contenders([*plans, *extra], chosen, forced=runner != "auto")
+    chosen = job.choose_setting(stored, runner)
+    everything = job.contenders(plans, chosen, forced=runner != "auto")
     timings = job.time(everything, rounds)
     result = job.result(everything, timings, machine_limits, quality)
+    return _finished(result, parsed, others, pairs=pairs, record=record, command=command)
+
+
+def _bench_masked(
+    subject: Subject,
+    stored: Subject | None,
+    parsed: Plan,
+    others: list[Plan],
+    *,
+    pairs: bool,
+    record: bool,
+    command: str | None,
+    tick: Tick,
+    **options: Any,
+) -> BenchResult:
+    """`bench` for a masked-diffusion model."""
+    from hasten.benchmark.masked import bench_masked
+
+    plans = _distinct(rows_of(parsed), _pairs_of(parsed) if pairs else [], others)
+    found = limits(on_tick=tick)
+    result = bench_masked(subject, stored, plans, found, tick=tick, **options)
+    return _finished(result, parsed, others, pairs=pairs, record=record, command=command)
+
+
+def _pairs_of(plan: Plan) -> list[Plan]:
+    """Every legal pair of a plan's techniques."""
+    return [Plan.parse(a, b) for a, b in combinations(plan, 2) if not conflict(a, b)]
+
+
+def _distinct(*plans: list[Plan]) -> list[Plan]:
+    """All plans in their order, each once."""
+    return list({str(plan): plan for group in plans for plan in group}.values())
+
+
+def _finished(
+    result: dict[str, Any],
+    plan: Plan,
+    others: list[Plan],
+    *,
+    pairs: bool,
+    record: bool,
+    command: str | None,
+) -> BenchResult:
+    """Add command and pairs, sort the rows by what was asked for, and write them down."""
+    measured = {row["plan"]: row for row in result["rows"]}
     result["command"] = command or _command()
-    result["pairs"] = pair_matrix(parsed, result["rows"]) if pairs else []
-    result["rows"] = [row for row in result["rows"] if row["plan"] in {str(p) for p in plans}]
+    result["pairs"] = pair_matrix(plan, result["rows"]) if pairs else []
+    result["rows"] = [measured[str(one)] for one in rows_of(plan)]
+    result["beside"] = [measured[str(one)] for one in others]
     found: dict[str, Any] = plain(result)
     if record:
-        _record(found, parsed)
+        _record(found)
     return BenchResult(found)
 
 
@@ -216,9 +279,10 @@ class _Job:
     tick: Tick
     answers: dict[str, Answers] = field(default_factory=dict)
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, techniques: Iterable[Technique]) -> None:
         """Train what is missing, and keep it where `apply` finds it."""
-        missing = [t for t in plan if t.card.trained and find(t, self.subject.hash) is None]
+        untrained = [t for t in techniques if t.card.trained and find(t, self.subject.hash) is None]
+        missing = {str(Plan.parse(technique)): technique for technique in untrained}.values()
         for technique in missing:
             from hasten.zoo.corpus import training_texts
 
@@ -235,43 +299,57 @@ class _Job:
         """A tick that says what it is about."""
         return lambda done, total, message: self.tick(done, total, f"{words}: {message}")
 
-    def choose_dtype(self, stored: Subject) -> None:
-        """Take the checkpoint's own dtype where plain decoding is faster in it.
+    def choose_setting(self, stored: Subject | None, wanted: str) -> str:
+        """Give the baseline its best setting: dtype and runner; returns the runner's name.
 
-        No other is tried: float32 holds every stored weight, and a narrower one would round them.
+        Of dtypes only float32 and the checkpoint's own are tried, which hold every stored weight; a
+        narrower one would round them. float32 has to be faster beyond the noise, since it takes
+        twice the memory. Compiling is not counted.
         """
-        if stored.model.dtype == self.subject.model.dtype:
-            return
-        seconds = {}
-        both = {str(s.model.dtype).removeprefix("torch."): s for s in (self.subject, stored)}
-        for step, (name, subject) in enumerate(both.items()):
-            self.tick(step, 2, f"choosing the baseline: {name}")
-            self.subject = subject
-            seconds[name] = self._fastest(self._open(Plan(()), "eager"))
-        self.subject = both[min(seconds, key=lambda name: seconds[name])]
-        self.tick(2, 2, "")
-
-    def _fastest(self, contender: _Contender) -> float:
-        """Seconds of the fastest of a few calls, after two that compile and warm up."""
-        for _ in range(2):
-            self._call(contender)
-        return min(self._call(contender).seconds for _ in range(3))
-
-    def choose_runner(self, wanted: str) -> str:
-        """The faster runner for plain decoding; compiling is not counted."""
-        if wanted != "auto":
+        subjects = [self.subject]
+        if stored is not None and stored.model.dtype != self.subject.model.dtype:
+            subjects = [stored, self.subject]
+        names = ("eager", "compiled") if wanted == "auto" else (wanted,)
+        if len(subjects) * len(names) == 1:
             return wanted
-        speeds = {}
-        for step, name in enumerate(("eager", "compiled")):
-            self.tick(step, 2, f"choosing the baseline: {name}")
-            try:
-                speeds[name] = self._fastest(self._open(Plan(()), name))
-            except HastenError:
-                raise
-            except Exception as error:  # a compiler that is missing or fails is no reason to stop
-                self.tick(step, 2, f"{name} does not run here: {type(error).__name__}")
-        self.tick(2, 2, "")
-        return min(speeds, key=lambda name: speeds[name])
+        calls: dict[str, Callable[[], Sample]] = {}
+        settings: dict[str, tuple[Subject, str]] = {}
+        for subject in subjects:
+            for name in names:
+                label = f"{str(subject.model.dtype).removeprefix('torch.')} {name}"
+                self.tick(len(settings), len(subjects) * len(names), f"trying {label}")
+                self.subject = subject
+                contender = self._open(Plan(()), name)
+                call = partial(self._call, contender, self.work.prompts[:1])
+                settings[label] = (subject, name)
+                try:
+                    call()  # compiles
+                except HastenError:
+                    raise
+                except (
+                    Exception
+                ) as error:  # a compiler that is missing or fails is no reason to stop
+                    self.tick(0, 1, f"{label} does not run here: {type(error).__name__}")
+                else:
+                    calls[label] = call
+        if not calls:
+            raise HastenError(f"The runner {wanted!r} does not run here; use --runner auto.")
+        timings = interleave(calls, rounds=CHOICE_ROUNDS, warmup=1, on_tick=self.tick)
+        best = [self._faster(timings, calls, settings, subject) for subject in subjects]
+        other = len(best) > 1 and timings.ratio(best[1], to=best[0]).is_faster
+        self.subject, runner = settings[best[1] if other else best[0]]
+        return runner
+
+    @staticmethod
+    def _faster(
+        timings: Timings,
+        calls: Mapping[str, Any],
+        settings: Mapping[str, tuple[Subject, str]],
+        subject: Subject,
+    ) -> str:
+        """The fastest setting of one subject."""
+        mine = [label for label in calls if settings[label][0] is subject]
+        return min(mine, key=lambda label: timings.seconds(label).median)
 
     def contenders(self, plans: list[Plan], chosen: str, *, forced: bool) -> dict[str, _Contender]:
         """The baseline and all plans, each on the chosen runner or on the one that can carry it."""
@@ -295,13 +373,13 @@ class _Job:
         # Two warm-up rounds: the first compiles what is compiled.
         return interleave(calls, rounds=rounds, warmup=2, on_tick=self.tick, seed=self.seed)
 
-    def _call(self, contender: _Contender) -> Sample:
-        """All prompts through one plan; prompt and decoding apart."""
+    def _call(self, contender: _Contender, prompts: Sequence[Tensor] | None = None) -> Sample:
+        """All prompts (or those given) through one plan; prompt and decoding apart."""
         seconds = prefill = 0.0
         tokens = 0
         contender.activity = Counter()
         contender.cache_bytes = 0
-        for prompt in self.work.prompts:
+        for prompt in self.work.prompts if prompts is None else prompts:
             with stopwatch(self.subject.model.device) as watch:
                 out = contender.model.generate(
                     prompt, max_new_tokens=self.work.max_new_tokens, do_sample=False
@@ -528,7 +606,7 @@ def _command() -> str:
     return shlex.join(["python", *sys.argv]) if sys.argv and sys.argv[0] else "hasten.bench(...)"
 
 
-def _record(result: dict[str, Any], plan: Plan) -> None:
+def _record(result: dict[str, Any]) -> None:
     """Write all rows into the ledger in one transaction."""
     entries = [
         Entry(
@@ -541,7 +619,7 @@ def _record(result: dict[str, Any], plan: Plan) -> None:
             seed=result["seed"],
             row=row,
         )
-        for row in result["rows"]
+        for row in (*result["rows"], *result["beside"])
     ]
     if entries:
         Ledger().record_all(entries)

@@ -56,6 +56,7 @@ def make_workload(
     max_new_tokens: int,
     seed: int,
     quality: bool,
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> Workload:
     """Choose prompts and passages for a subject; the same for a given seed.
 
@@ -72,7 +73,7 @@ def make_workload(
     if subject.tokenizer is None:
         if prompts:
             raise HastenError(f"{subject.name} has no tokenizer, so it cannot read a text prompt.")
-        return _random_workload(subject, min(PROMPT_TOKENS, room), max_new_tokens, seed)
+        return _random_workload(subject, min(prompt_tokens, room), max_new_tokens, seed)
     texts = [file.text for file in shipped_held_out()]
     documents = [_ids(subject, text) for text in texts]
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +82,7 @@ def make_workload(
         work.prompts = [_prompt(subject, text, room) for text in prompts]
         work.source = "prompts as given"
     else:
-        length = min(PROMPT_TOKENS, room)
+        length = min(prompt_tokens, room)
         work.prompts = [
             _crop(d, length, generator) for d in _longest(documents, NUM_PROMPTS, generator)
         ]
@@ -96,6 +97,17 @@ def make_workload(
             max_prompt_chars=min(fits, 4 * RETRIEVAL_CHARS),
         )
     return work
+
+
+def crops(subject: Subject, count: int, length: int, seed: int) -> list[Tensor]:
+    """(1, length) ids of held-out text each, from different files as far as there are."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = [_ids(subject, file.text) for file in shipped_held_out()]
+    long = [document for document in documents if document.numel() >= length]
+    return [
+        _crop(document, length, generator).to(subject.model.device)
+        for document in _longest(long, count, generator)
+    ]
 
 
 def _ids(subject: Subject, text: str) -> Tensor:

@@ -79,7 +79,7 @@ def _check_vocabulary(model: PreTrainedModel, second: Subject, technique: str) -
             f"{technique}: {second.name} has a vocabulary of {theirs} tokens and the model one of {ours}; "
             "name a model with the same tokenizer."
         )
-    own = _own_tokenizer(model)
+    own = own_tokenizer(model)
     if (
         own is not None
         and second.tokenizer is not None
@@ -91,7 +91,7 @@ def _check_vocabulary(model: PreTrainedModel, second: Subject, technique: str) -
         )
 
 
-def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the model on disk, if it came from there."""
     if not model.name_or_path:
         return None

@@ -20,7 +20,7 @@ from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.causal.slots import CausalTechnique
 from hasten.errors import HastenError, PlanError
-from hasten.parts import find
+from hasten.parts import parts_for
 from hasten.plan import Plan
 from hasten.preparation import Preparation
 from hasten.subject import Subject
@@ -78,7 +78,7 @@ class CausalModel:
             )
         self.subject = subject
         self.plan = plan
-        self.parts = {t.name: self._parts_of(t, parts or {}) for t in plan}
+        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
         self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
         brought = [
             own
@@ -95,19 +95,6 @@ class CausalModel:
         self._exclusive = exclusive
         if exclusive:
             _APPLIED[model] = str(plan)
-
-    def _parts_of(self, technique: Any, given: dict[str, Parts]) -> Parts:
-        if technique.name in given:
-            return given[technique.name]
-        if not technique.card.trained:
-            return {}
-        found = find(technique, self.subject.hash)
-        if found is None:
-            raise PlanError(
-                f"{technique.name} has no trained part for {self.subject.name}; train one with "
-                f"`hasten prepare {self.subject.name} --with {technique.name}` or hasten.prepare(...)."
-            )
-        return found
 
     # -- calls -----------------------------------------------------------------------------------
     def generate(
@@ -208,9 +195,9 @@ class CausalModel:
     ) -> Run:
         if not self._open:
             raise PlanError("The plan was undone; apply it again to use it.")
-        prompt, mask = _checked_prompt(self.subject, input_ids, attention_mask)
+        prompt, mask = check_prompt(self.subject, input_ids, attention_mask)
         settings = Settings.resolve(self.subject.model, prompt.shape[1], arguments)
-        _check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
+        check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
         slots = Slots.fill(self.bound)  # type: ignore[arg-type]
         run = Run(self.runner, settings, prompt, mask, slots)
         run.tokenizer = self.subject.tokenizer
@@ -255,9 +242,10 @@ def _put(streamer: Any, run: Run, first: Tensor) -> None:
         streamer.put(token[None])
 
 
-def _checked_prompt(
+def check_prompt(
     subject: Subject, input_ids: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """Ids and padding mask on the model's device, or one clear error."""
     if not isinstance(input_ids, Tensor):
         raise HastenError("generate needs input_ids, a tensor of token ids (batch, length).")
     if input_ids.dim() != 2 or input_ids.is_floating_point():
@@ -291,7 +279,8 @@ def _checked_prompt(
     return input_ids.to(device), mask
 
 
-def _check_length(subject: Subject, prompt: int, new: int) -> None:
+def check_length(subject: Subject, prompt: int, new: int) -> None:
+    """Refuse what goes beyond the length that the model was made for."""
     context = subject.context
     if context is not None and prompt + new > context:
         raise HastenError(

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     "hasten bench code-lm --with medusa",
     'hasten bench code-lm --with medusa --with "prefix_kv(budget=0.3)" --pairs',
     "hasten bench code-lm --with plan.toml --report report.html",
+    'hasten bench code-lm --with "d2o(budget=0.25)" --beside "random_eviction(budget=0.25)"',
     "hasten bench ./my-model --with prompt_lookup --prompts prompts.txt --json",
 )
 def bench(
@@ -65,10 +66,16 @@ def bench(
     max_new_tokens: MaxNewTokens = 128,
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Rounds of baseline and candidate in turns, 5 or more.")
-    ] = 5,
+    ] = 9,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Measure each pair of techniques too.")
     ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLAN", help="A further plan to measure in the same turns. Repeatable."
+        ),
+    ] = None,
     quality: Annotated[bool, typer.Option(help="Measure quality beside speed.")] = True,
     prepare: Annotated[bool, typer.Option(help="Train parts that are missing.")] = True,
     record: Annotated[bool, typer.Option(help="Write the result into the ledger.")] = True,
@@ -107,6 +114,7 @@ def bench(
                 max_new_tokens=max_new_tokens,
                 rounds=rounds,
                 pairs=pairs,
+                beside=plan_texts(beside or []),
                 quality=quality,
                 seed=seed,
                 threads=threads,

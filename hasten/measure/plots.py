@@ -201,7 +201,7 @@ def _bar_axes(
 
 
 def _draw_ratios(result: Any, width: float) -> Figure | None:
-    rows = [row for row in view.objects(result, "rows") if number(row, "ratio", "median")]
+    rows = [row for row in view.rows(result) if number(row, "ratio", "median")]
     if not rows:
         return None
     figure, axes, places = _bar_axes([view.plan_name(row) for row in rows], width, right=0.75)
@@ -266,7 +266,7 @@ def _draw_throughput(result: Any, width: float) -> Figure | None:
         entries.append((f"naive: {text(naive, 'runner')}", naive, MUTED))
     if number(baseline, "tokens_per_second", "median"):
         entries.append((f"baseline: {text(baseline, 'runner')}", baseline, INK))
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         if number(row, "tokens_per_second", "median"):
             entries.append((view.plan_name(row), row, ACCENT))
     limit = view.limit_tokens_per_second(result)
@@ -293,7 +293,7 @@ def _draw_memory(result: Any, width: float) -> Figure | None:
     if baseline:
         name = f"baseline: {text(result, 'baseline', 'runner')}"
         entries.append((name, (baseline / 2**20, None, None), INK))
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         peak = number(row, "peak_bytes")
         if peak:
             entries.append((view.plan_name(row), (peak / 2**20, None, None), ACCENT))
@@ -306,7 +306,7 @@ def _draw_cache(result: Any, width: float) -> Figure | None:
     if baseline:
         name = f"baseline: {text(result, 'baseline', 'runner')}"
         entries.append((name, (baseline / 2**20, None, None), INK))
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         held = number(row, "cache_bytes")
         if held:
             entries.append((view.plan_name(row), (held / 2**20, None, None), ACCENT))
@@ -353,7 +353,7 @@ def _bars(
 
 def _draw_quality(result: Any, width: float) -> Figure | None:
     points = []
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         quality, ratio = view.main_quality(row), number(row, "ratio", "median")
         if quality is not None and ratio:
             points.append((row, ratio, quality))

@@ -95,7 +95,7 @@ def _hero(result: Mapping[str, Any]) -> str:
 
 def headline(result: Mapping[str, Any]) -> str:
     """What came of it, in one sentence, with its uncertainty."""
-    rows = view.objects(result, "rows")
+    rows = view.rows(result)
     good = [
         row
         for row in rows
@@ -121,7 +121,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def _tiles(result: Mapping[str, Any]) -> str:
-    rows = view.objects(result, "rows")
+    rows = view.rows(result)
     faster = sum(text(row, "verdict") == "faster" for row in rows)
     speed = number(result, "baseline", "tokens_per_second", "median")
     proofs = [view.look(row, "proof", "passed") for row in rows]
@@ -192,7 +192,7 @@ def _section(heading: str, note: str, content: str) -> str:
 
 
 def _results(result: Mapping[str, Any]) -> str:
-    rows = view.objects(result, "rows")
+    rows = view.rows(result)
     labels = [
         label
         for label in (MODELLED, MEASURED)
@@ -255,7 +255,7 @@ def _results(result: Mapping[str, Any]) -> str:
 
 def _quality_table(result: Mapping[str, Any]) -> str:
     cells = []
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         for place, quality in enumerate(view.qualities(row)):
             interval = view.span(quality.low, quality.high, decimals=3)
             if quality.recovery is not None:
@@ -296,7 +296,7 @@ def _quality_table(result: Mapping[str, Any]) -> str:
 
 def _activity(result: Mapping[str, Any]) -> str:
     cells = []
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         counters = view.look(row, "activity")
         words = DASH
         if isinstance(counters, Mapping) and counters:
@@ -321,7 +321,7 @@ def _proofs(result: Mapping[str, Any]) -> str:
             _loss_class(row),
             escape(text(row, "proof", "detail")),
         ]
-        for row in view.objects(result, "rows")
+        for row in view.rows(result)
     ]
     if not cells:
         return ""
@@ -335,7 +335,7 @@ def _proofs(result: Mapping[str, Any]) -> str:
 
 def _claims(result: Mapping[str, Any]) -> str:
     cells, seen = [], set()
-    for row in view.objects(result, "rows"):
+    for row in view.rows(result):
         claims = view.objects(row, "claims")
         # The ratio of a whole plan says nothing about the claim of one of its techniques.
         combined = len({text(claim, "technique") for claim in claims}) > 1

@@ -23,7 +23,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
     Fits in 80 columns. Ceilings that were measured get a column apart from modelled ones.
     """
-    rows = view.objects(result, "rows")
+    rows = view.rows(result)
     labels = _ceiling_labels(rows)
     title = f"{text(result, 'subject', 'name')}: speed beside the baseline, in turns"
     if view.is_preliminary(result):

@@ -52,6 +52,11 @@ def text(value: Any, *path: str | int) -> str:
     return str(found)
 
 
+def rows(result: Any) -> list[Any]:
+    """All measured plans: the rows of the plan in question, then those that ran beside it."""
+    return [*objects(result, "rows"), *objects(result, "beside")]
+
+
 def objects(value: Any, *path: str | int) -> list[Mapping[str, Any]]:
     """The list of objects at the end of the path; anything else in it is dropped."""
     found = look(value, *path)
@@ -141,7 +146,7 @@ def plan_name(row: Any) -> str:
 
 def is_preliminary(result: Any) -> bool:
     """Some ratio rests on fewer than five rounds, or the run was asked to be quick."""
-    rounds = [number(row, "ratio", "rounds") for row in objects(result, "rows")]
+    rounds = [number(row, "ratio", "rounds") for row in rows(result)]
     return bool(look(result, "quick")) or any(n is not None and n < 5 for n in rounds)
 
 

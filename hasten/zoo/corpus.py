@@ -13,6 +13,7 @@ import random
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,6 +200,56 @@ class PackedTokens:
             cached = ((length, epoch), stream, order)
             self._epochs[epoch % 2] = cached
         return cached[1], cached[2]
+
+
+class FileWindows:
+    """Windows that lie within one file each, for models that see both ways.
+
+    Files shorter than a window are left out; the last window of a file overlaps the one before it.
+    A batch is a pure function of its index, as that of `PackedTokens`.
+    """
+
+    def __init__(self, files: Sequence[Tensor], seed: int = 0) -> None:
+        """`files`: one 1-D integer tensor of ids per file, the end-of-text id included."""
+        self._files = list(files)
+        self._seed = seed
+        self._windows: dict[int, list[tuple[int, int]]] = {}
+        self.num_tokens = sum(len(file) for file in self._files)
+
+    def windows(self, length: int) -> list[tuple[int, int]]:
+        """(file, start) of every window of `length` + 1 tokens."""
+        if length not in self._windows:
+            self._windows[length] = [
+                (index, min(start, len(file) - length - 1))
+                for index, file in enumerate(self._files)
+                if len(file) > length
+                for start in range(0, len(file) - 1, length)
+            ]
+        return self._windows[length]
+
+    def batch(self, index: int, rows: int, length: int) -> Tensor:
+        """Batch number `index` of `rows` windows: ids `(rows, length + 1)`, int64.
+
+        Raises:
+            HastenError: where no file is as long as a window.
+        """
+        windows = self.windows(length)
+        if not windows:
+            raise HastenError(
+                f"no file of the corpus has {length} + 1 tokens; use shorter windows or longer files"
+            )
+        found = []
+        for row in range(index * rows, (index + 1) * rows):
+            epoch, place = divmod(row, len(windows))
+            order = self._order(len(windows), self._seed * 1_000_003 + epoch)
+            file, start = windows[int(order[place])]
+            found.append(self._files[file][start : start + length + 1])
+        return torch.stack(found).long()
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def _order(count: int, seed: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def tokenize(files: Sequence[SourceFile], tokenizer: PreTrainedTokenizerFast) -> list[Tensor]:

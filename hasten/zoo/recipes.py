@@ -18,14 +18,26 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging as hf_logging
 
 from hasten.errors import HastenError
+from hasten.plan import Plan
 from hasten.training.loop import Outcome, Settings, Stage, fit
+from hasten.training.masked import MaskedLoss, masked_quality
 from hasten.training.memory import keep_freed_memory
-from hasten.zoo.catalogue import SHIPPED
-from hasten.zoo.corpus import Corpus, PackedTokens, SourceFile, default_corpus, tokenize
+from hasten.training.slots import LossTerm
+from hasten.zoo.catalogue import SHIPPED, path
+from hasten.zoo.corpus import (
+    Corpus,
+    FileWindows,
+    PackedTokens,
+    SourceFile,
+    default_corpus,
+    tokenize,
+)
 from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
 from hasten.zoo.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
 CONTEXT = 2048
+MASK = "<|mask|>"
+HELD_OUT_ROWS = 64  # windows on which a masked model is judged
 
 
 def growing(long_share: float) -> tuple[Stage, ...]:
@@ -89,6 +101,24 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A masked-diffusion model made from an autoregressive one of the zoo."""
+
+    name: str
+    base: str
+    training: Settings
+    plan: str = "repr_align"  # techniques of the slot loss
+
+    def __post_init__(self) -> None:
+        for technique in Plan.parse(self.plan):
+            if not isinstance(technique, LossTerm):
+                raise HastenError(
+                    f"recipe {self.name}: {technique.name} is no loss term; training takes "
+                    "techniques of the slot loss, such as repr_align"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """What a trained model says of itself; stored beside it as `card.json`."""
 
@@ -104,7 +134,7 @@ class Card:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe | Conversion] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
@@ -141,11 +171,22 @@ RECIPES: dict[str, Recipe] = {
                 compile=False,  # would take as long as it saves
             ),
         ),
+        Conversion(
+            name="code-dlm",
+            base="code-lm",
+            training=Settings(
+                tokens=5_000_000,
+                stages=(Stage(length=256, share=0.75), Stage(length=512, share=0.25)),
+                matrix_lr=0.007,
+                other_lr=1e-3,
+                compile=False,  # the states of all layers are caught by hooks
+            ),
+        ),
     )
 }
 
 
-def recipe(name: str) -> Recipe:
+def recipe(name: str) -> Recipe | Conversion:
     """The recipe of that name.
 
     Raises:
@@ -157,7 +198,7 @@ def recipe(name: str) -> Recipe:
 
 
 def train(
-    name_or_recipe: str | Recipe,
+    name_or_recipe: str | Recipe | Conversion,
     output: Path,
     *,
     threads: int | None = None,
@@ -188,6 +229,8 @@ def train(
     chosen = replace(chosen, training=settings)
     output = _checked(Path(output))
     corpus = default_corpus() if corpus is None else corpus
+    if isinstance(chosen, Conversion):
+        return _convert(chosen, output, corpus, threads=threads, resume=resume, quiet=quiet)
     if tokenizer is None:
         tokenizer = _shipped_tokenizer() or train_tokenizer(
             (file.text for file in corpus.train),
@@ -226,14 +269,61 @@ def train(
     return card
 
 
+def _convert(
+    chosen: Conversion,
+    output: Path,
+    corpus: Corpus,
+    *,
+    threads: int | None,
+    resume: bool,
+    quiet: bool,
+) -> Card:
+    """Train the base further until it fills masks.
+
+    The embeddings learn too (in the paper they stay as they are): in a model this small they are
+    a good part of what it knows, and the mask's own row is among them.
+    """
+    folder = path(chosen.base)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"mask_token": MASK})
+    files = FileWindows(tokenize(corpus.train, tokenizer), seed=chosen.training.seed)
+    held_out = FileWindows(tokenize(corpus.held_out, tokenizer)).batch(0, HELD_OUT_ROWS, 256)
+    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    with _torch_state(threads, chosen.training.seed), keep_freed_memory():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.resize_token_embeddings(len(tokenizer))  # the new row is the mean of the others
+        mask_id = tokenizer.mask_token_id
+        terms = [term for term in Plan.parse(chosen.plan) if isinstance(term, LossTerm)]
+        outcome = fit(
+            model,
+            files,
+            chosen.training,
+            MaskedLoss(model, mask_id, terms),
+            checkpoint=checkpoint,
+            resume=resume,
+            evaluate=lambda current: masked_quality(current, held_out, mask_id, ratios=(0.5,)),
+            num_evaluations=10,
+            quiet=quiet,
+            label=chosen.name,
+        )
+        model.bfloat16().eval()
+        model.config.is_causal = False
+        model.config.mask_token_id = mask_id
+        model.config.shifted_logits = True
+        quality = {"loss": outcome.final_loss} | masked_quality(model, held_out, mask_id)
+        card = export(model, tokenizer, chosen, output, outcome, corpus, files, quality)
+    checkpoint.unlink(missing_ok=True)
+    return card
+
+
 def export(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    chosen: Recipe,
+    chosen: Recipe | Conversion,
     output: Path,
     outcome: Outcome,
     corpus: Corpus,
-    packed: PackedTokens,
+    packed: PackedTokens | FileWindows,
     quality: dict[str, float],
 ) -> Card:
     """Write model, tokenizer and card beside `output`, then move them there in one step."""
@@ -295,7 +385,7 @@ def _swap(folder: Path, output: Path) -> None:
     shutil.rmtree(old)
 
 
-def _describe(corpus: Corpus, packed: PackedTokens) -> dict[str, Any]:
+def _describe(corpus: Corpus, packed: PackedTokens | FileWindows) -> dict[str, Any]:
     def entry(file: SourceFile) -> dict[str, Any]:
         return {"path": file.path, "bytes": file.num_bytes, "sha256": file.sha256}
 

@@ -1,0 +1,1 @@
+"""Several next states of a text, checked in one pass."""

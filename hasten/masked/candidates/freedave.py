@@ -1,0 +1,130 @@
+"""FreeDave: the next states of static decoding, guessed from one pass and checked together in the next.
+
+"Free Draft-and-Verification: Toward Lossless Parallel Decoding for Diffusion Large Language Models"
+(arXiv 2510.00294). A pass over a text already shows which places static decoding would fill after
+the next one, if nothing changed its mind. These guesses, each with one place more than the one
+before it, go through the model as one batch. Each output says what static decoding would do at that
+guess, so it confirms the next guess or not, and the furthest confirmed one brings its output along.
+
+Inferred: with a threshold, each draft after the first has one place more (the paper leaves the
+number open). A draft that fills the block is adopted without a pass of its own. The paper's other
+layout, one sequence that repeats the block under a tree mask, is not built: it gives the same logits
+only where the rest of the text does not look at the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.masked.run import Run
+from hasten.masked.slots import Candidates, Committer, Guess
+from hasten.technique import Card, Claim, Contract, Loss, Resource, Rival, Slot, knob, technique
+
+TOP_ONE = 1.0  # no confidence exceeds it, so one place is filled at a time
+
+
+@technique("freedave")
+@dataclass(frozen=True, kw_only=True)
+class FreeDave(Candidates, Committer):
+    """Checks several steps of static decoding in one pass and keeps those that hold."""
+
+    card: ClassVar[Card] = Card(
+        title=(
+            "Free Draft-and-Verification: Toward Lossless Parallel Decoding for Diffusion Large "
+            "Language Models"
+        ),
+        paper="freedave",
+        family="dlm",
+        loss=Loss.EXACT,
+        link="https://arxiv.org/abs/2510.00294",
+        year=2025,
+        claims=(
+            Claim("throughput gain, at most", 3.78, "math and code benchmarks, accuracy kept"),
+        ),
+        neutral={"num_draft": 1},
+        rival=Rival(
+            "freedave(num_draft={num_draft}, checked=False)",
+            "agreement",
+            "keeps the furthest draft of each pass unseen, as filling so many places at once does",
+        ),
+        saves="passes",
+        notes=(
+            "The same tokens in the same order as static decoding, sampled ones too (with a seed), up "
+            "to confidences that are closer than rounding: a pass over several drafts is a wider batch, "
+            "which float32 rounds in its last bits and bfloat16 much earlier. Each pass computes "
+            "num_draft times as many positions, so fewer passes are less time only where the machine "
+            "has computing power to spare. A threshold below 1 is lossy, and not always the same as "
+            "threshold decoding. On top of a cache it is exact against the same cache alone, but for "
+            "one that refreshes every so many passes."
+        ),
+    )
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.CANDIDATES, Slot.COMMITTER),
+        needs=frozenset({Resource.FIXED_PLACES, Resource.TOKEN_INPUTS}),
+    )
+
+    num_draft: int = knob(
+        4, "next states that each pass checks; more need fewer and wider passes", low=1, high=256
+    )
+    threshold: float = knob(
+        TOP_ONE,
+        "places surer than this are filled together; 1 fills one after the other, as static does",
+        low=0.0,
+        high=1.0,
+    )
+    checked: bool = knob(
+        True, "keep only drafts that hold; without, the furthest one is kept unseen"
+    )
+
+    def loss_class(self) -> Loss:
+        """Exact as long as one place is filled at a time and drafts are checked."""
+        return Loss.EXACT if self.checked and self.threshold == TOP_ONE else Loss.LOSSY
+
+    def choose(self, state: Any, run: Run, guess: Guess) -> Tensor:
+        """(batch, length) bool, what one step without drafts fills."""
+        return self._step(run, guess, run.open)
+
+    def propose(self, state: Any, run: Run, guess: Guess) -> Tensor:
+        """(batch, drafts, length) ids: the next state, and it with 1, 2, ... places more."""
+        places = run.open
+        first = self._step(run, guess, places)
+        rest = places & ~first
+        count = 1 + min(self.num_draft - 1, int(rest.sum(dim=1).max()))
+        order = guess.confidence.masked_fill(~rest, -1.0).argsort(
+            dim=1, descending=True, stable=True
+        )
+        rank = order.argsort(dim=1)[:, None]
+        more = torch.arange(count, device=rank.device)[:, None]
+        filled = first[:, None] | (rest[:, None] & (rank < more))
+        return torch.where(filled, guess.tokens[:, None], run.tokens[:, None])
+
+    def verify(self, state: Any, run: Run, drafts: Tensor, guesses: list[Guess]) -> Tensor:
+        """(batch,) the furthest draft that the guesses confirm, one after the other."""
+        best = torch.zeros_like(drafts[:, 0, 0])
+        if not self.checked:
+            best += drafts.shape[1] - 1
+        for index, guess in enumerate(guesses if self.checked else ()):
+            draft, later = drafts[:, index], drafts[:, index + 1 :]
+            step = self._step(run, guess, run.open & (draft == run.mask_id))
+            after = torch.where(step, guess.tokens, draft)[:, None]
+            # The whole text is compared, so the right token at the wrong place does not pass.
+            holds = ((later == after) | (later == run.mask_id)).all(dim=2)
+            best = torch.where(best == index, index + holds.sum(dim=1), best)
+        self._count(run, drafts, best)
+        return best
+
+    def _count(self, run: Run, drafts: Tensor, best: Tensor) -> None:
+        """Places that drafts guessed beyond the next state, and those of them that were kept."""
+        kept = drafts[torch.arange(run.batch, device=best.device), best]
+        for what, reached in (("drafted", drafts[:, -1]), ("accepted", kept)):
+            count = int((reached != drafts[:, 0]).sum())
+            if count:
+                run.activity[f"{self.name}.{what}"] += count
+
+    def _step(self, run: Run, guess: Guess, places: Tensor) -> Tensor:
+        """(batch, length) bool, which of some places are filled next."""
+        return run.best(guess, places) | (places & (guess.confidence > self.threshold))

@@ -1,0 +1,1 @@
+"""Which masked places are fixed after a pass."""

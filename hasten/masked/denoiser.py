@@ -1,0 +1,172 @@
+"""A language model as one function: logits for places of a partly masked text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from hasten.masked.attention import undirected
+from hasten.subject import MaskedForm
+
+
+class Projections(Cache):
+    """Keys and values of all positions of a text, each as last computed.
+
+    A pass over some rows writes theirs and reads all. The first pass must be over all rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])  # type: ignore[misc]
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.rows: Tensor | None = None  # those of the pass in flight; None for all
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was computed yet."""
+        return not self.buffers
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Keep one layer's keys and values (batch, kv_heads, rows, head_dim); return all of them."""
+        if self.rows is not None:
+            for buffer, new in zip(
+                self.buffers[layer_idx], (key_states, value_states), strict=True
+            ):
+                buffer.index_copy_(2, self.rows, new)
+        elif layer_idx == len(self.buffers):
+            self.buffers.append((key_states, value_states))
+        else:
+            self.buffers[layer_idx] = (key_states, value_states)
+        return self.buffers[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given, so nobody needs to know."""
+        return 0
+
+    def take(self, entries: Tensor) -> Projections:
+        """A copy with the given entries of the batch, repeats allowed."""
+        twin = Projections()
+        twin.buffers = [
+            (keys.index_select(0, entries), values.index_select(0, entries))
+            for keys, values in self.buffers
+        ]
+        return twin
+
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.buffers)
+
+
+class Denoiser:
+    """Runs a model over a partly masked text.
+
+    Attributes:
+        passes: forward passes so far.
+        positions: positions computed in them, batch entries counted apart.
+    """
+
+    def __init__(self, model: PreTrainedModel, form: MaskedForm) -> None:
+        self.model = model
+        self.form = form
+        self.passes = 0
+        self.positions = 0
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Tensor,
+        wanted: Tensor,
+        *,
+        pads: Tensor | None = None,
+        cache: Projections | None = None,
+        rows: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """What the model says of some places: (batch, wanted, vocabulary) float32, never the mask.
+
+        Args:
+            tokens: (batch, length) ids, masks among them.
+            wanted: (wanted,) places, ascending.
+            pads: (batch,) positions on the left that are only padding.
+            cache: where keys and values are kept.
+            rows: (rows,) positions to compute, ascending; the others are read from `cache`. They
+                must hold the sources of `wanted` (`sources`). None computes all.
+            embeddings: (batch, rows, hidden) to be read instead of the tokens' own.
+        """
+        length = tokens.shape[1]
+        source = self.sources(wanted)
+        alone = self._alone(wanted, pads)
+        if alone is not None:
+            source = torch.cat((source, wanted)).unique()
+        positions = torch.arange(length, device=tokens.device)[None].expand(tokens.shape[0], -1)
+        if pads is not None:
+            positions = (positions - pads[:, None]).clamp(min=0)
+        visible = self._visible(length, pads, rows, tokens.device)
+        if rows is not None:
+            assert cache is not None and not cache.is_empty, "the first pass is over all rows"
+            tokens, positions = tokens[:, rows], positions[:, rows]
+            kept = torch.searchsorted(rows, source)
+        else:
+            kept = source
+        if cache is not None:
+            cache.rows = rows
+        read: dict[str, Any] = (
+            {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
+        )
+        with undirected(self.model, visible):
+            logits = self.model(
+                **read,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=kept,
+            ).logits
+        self.passes += 1
+        self.positions += tokens.numel()
+        if alone is not None:
+            speaker = torch.where(alone, wanted, self.sources(wanted))  # (batch, wanted)
+            entries = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+            logits = logits[entries, torch.searchsorted(source, speaker)]
+        logits = logits.float()
+        logits[..., self.form.mask_id] = -torch.inf
+        return logits
+
+    def _alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
+        """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""
+        if not self.form.shifted or pads is None:
+            return None
+        first = (wanted == pads[:, None]) & (pads[:, None] > 0)
+        return first if bool(first.any()) else None
+
+    def sources(self, wanted: Tensor) -> Tensor:
+        """Positions whose output is about the wanted places; the first speaks for itself."""
+        return (wanted - 1).clamp(min=0) if self.form.shifted else wanted
+
+    def _visible(
+        self, length: int, pads: Tensor | None, rows: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """Bool mask (batch or 1, 1, rows or 1, length), True where a row may look; None for all."""
+        columns = torch.arange(length, device=device)[None]
+        visible = None
+        if pads is not None and bool((pads > 0).any()):
+            visible = (columns >= pads[:, None])[:, None, None]
+            # A row of padding sees itself, or it would become NaN.
+            visible = visible | torch.eye(length, dtype=torch.bool, device=device)[None, None]
+        if self.form.block_length is not None:
+            # Counted from a row's first token, so that padding moves nothing.
+            shown = columns if visible is None or pads is None else columns - pads[:, None]
+            blocks = shown // self.form.block_length
+            before = (blocks[:, :, None] >= blocks[:, None])[:, None]
+            visible = before if visible is None else visible & before
+        if visible is not None and rows is not None and visible.shape[2] > 1:
+            visible = visible[:, :, rows]
+        return visible

@@ -1,0 +1,1 @@
+"""Which fixed places are opened again."""

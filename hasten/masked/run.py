@@ -1,0 +1,321 @@
+"""One call of the masked engine: the text with its open places, and the loop that fills them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from hasten.errors import HastenError, PlanError
+from hasten.masked.denoiser import Denoiser, Projections
+from hasten.masked.sampling import Sampler
+from hasten.masked.slots import (
+    Candidates,
+    Committer,
+    Embedding,
+    Guess,
+    MaskedTechnique,
+    Remasker,
+    Window,
+)
+
+
+@dataclass
+class Slots:
+    """The techniques of a call with what `bind` made of them, one for each slot."""
+
+    committer: tuple[Committer, Any] | None = None
+    remasker: tuple[Remasker, Any] | None = None
+    candidates: tuple[Candidates, Any] | None = None
+    window: tuple[Window, Any] | None = None
+    embedding: tuple[Embedding, Any] | None = None
+
+    @classmethod
+    def fill(cls, bound: Iterable[tuple[Any, Any]]) -> Self:
+        """Put each technique into the slots that its contract names."""
+        slots = cls()
+        for technique, made in bound:
+            for slot in technique.terms().slots:
+                if slot.engine != "masked":
+                    raise PlanError(
+                        f"{technique.name} is of the {slot.engine} engine, and this model is a masked "
+                        f"one; `hasten list` shows what fits."
+                    )
+                setattr(slots, slot.label, (technique, made))
+        return slots
+
+    def entries(self) -> list[tuple[MaskedTechnique, Any]]:
+        """Each technique once, in the order of the slots."""
+        found = [getattr(self, field.name) for field in fields(self)]
+        return list({id(e[0]): e for e in found if e is not None}.values())
+
+
+class Run:
+    """A call in progress.
+
+    Attributes:
+        tokens: (batch, length) ids; the mask where a place is not fixed.
+        given: (batch, length) bool, places that came with the call and never change.
+        pads: (batch,) positions on the left that are only padding.
+        start: the first place of any row that was not given.
+        block: the places (first, end) that are filled at present.
+        activity: counters; "passes", "positions" and "emitted" are the loop's own.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        tokens: Tensor,
+        given: Tensor,
+        slots: Slots,
+        *,
+        pads: Tensor,
+        block_length: int,
+        eos: tuple[int, ...] = (),
+        pad: int = 0,
+    ) -> None:
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.tokens = tokens
+        self.given = given
+        self.slots = slots
+        self.pads = pads
+        self.eos = eos
+        self.pad = pad
+        self.start = int((~given).any(dim=0).float().argmax())
+        ends = range(self.start + block_length, tokens.shape[1], block_length)
+        edges = [self.start, *ends, tokens.shape[1]]
+        self.blocks = list(itertools.pairwise(edges))
+        self.block = self.blocks[0]
+        self.cache: Projections | None = None
+        self.carried: Guess | None = None
+        self.activity: Counter[str] = Counter()
+        self.states: dict[int, Any] = {}
+        self.peak_cache_bytes = 0
+        self.cancelled = False  # set from another thread to stop after the pass in hand
+        self.ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        self.on_tokens: Callable[[Run], None] | None = None
+        self.trace: list[Tensor] | None = None  # the text after each pass, where someone asks
+
+    # -- what techniques read ----------------------------------------------------------------------
+    @property
+    def mask_id(self) -> int:
+        return self.denoiser.form.mask_id
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def masked(self) -> Tensor:
+        """(batch, length) bool, places that are not fixed."""
+        return (self.tokens == self.mask_id) & ~self.given
+
+    @property
+    def open(self) -> Tensor:
+        """(batch, length) bool, places up to the end of the block in hand that are not fixed.
+
+        Those before the block are fixed, unless a remasker opened one of them again.
+        """
+        return self.masked & (self.columns < self.block[1])
+
+    @property
+    def columns(self) -> Tensor:
+        """(length,) the places' numbers."""
+        return torch.arange(self.length, device=self.tokens.device)
+
+    def needed(self) -> Tensor:
+        """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on."""
+        looks_back = self.slots.remasker is not None and self.slots.remasker[0].looks_back
+        first = self.start if looks_back else self.block[0]
+        return torch.arange(first, self.block[1], device=self.tokens.device)
+
+    def state(self, entry: tuple[MaskedTechnique, Any]) -> Any:
+        """What a technique remembers of this call."""
+        return self.states[id(entry[0])]
+
+    def best(self, guess: Guess, places: Tensor, count: int = 1) -> Tensor:
+        """(batch, length) bool, the `count` most confident of the places; of equal ones the first."""
+        confidence = guess.confidence.masked_fill(~places, -1.0)
+        order = confidence.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return torch.zeros_like(places).scatter_(1, order, True) & places
+
+    # -- passes ------------------------------------------------------------------------------------
+    def look(self) -> Guess:
+        """A pass over the text as it is."""
+        rows = None
+        if self.slots.window is not None:
+            if self.cache is None:
+                self.cache = Projections()
+            rows = self.slots.window[0].rows(self.state(self.slots.window), self)
+            rows = None if self.cache.is_empty else rows
+        return self._guess(self.tokens, self.pads, self.cache, rows)
+
+    def evaluate(self, drafts: Tensor) -> list[Guess]:
+        """A guess at each of the drafts (batch, drafts, length), all in one pass."""
+        batch, count, length = drafts.shape
+        entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
+        cache, rows = None, None
+        if self.slots.window is not None and self.cache is not None and not self.cache.is_empty:
+            rows = self.slots.window[0].rows(self.state(self.slots.window), self)
+            cache = self.cache.take(entries)
+        flat = drafts.reshape(batch * count, length)
+        guess = self._guess(flat, self.pads[entries], cache, rows, entries=entries)
+        self._written = cache
+        first = torch.arange(batch, device=drafts.device) * count
+        return [guess.take(first + draft) for draft in range(count)]
+
+    def adopt(self, drafts: Tensor, guesses: list[Guess], best: Tensor) -> None:
+        """Go on from one draft of each row; `guesses` may lack those of drafts that fill the block."""
+        every = torch.arange(self.batch, device=self.tokens.device)
+        self.tokens = drafts[every, best]
+        count = len(guesses)
+        if count == 0:
+            self.carried = None
+            return
+        chosen = best.clamp(max=count - 1)
+        stacked = Guess(
+            torch.stack([g.tokens for g in guesses], 1)[every, chosen],
+            torch.stack([g.confidence for g in guesses], 1)[every, chosen],
+            torch.stack([g.logits for g in guesses], 1)[every, chosen],
+            guesses[0].wanted,
+        )
+        self.carried = stacked
+        if self._written is not None:
+            self.cache = self._written.take(every * count + chosen)
+
+    _written: Projections | None = None
+
+    def _guess(
+        self,
+        tokens: Tensor,
+        pads: Tensor,
+        cache: Projections | None,
+        rows: Tensor | None,
+        *,
+        entries: Tensor | None = None,
+    ) -> Guess:
+        wanted = self.needed()
+        embeddings = None
+        if self.slots.embedding is not None:
+            technique = self.slots.embedding[0]
+            seen = tokens if rows is None else tokens[:, rows]
+            embeddings = technique.embed(self.state(self.slots.embedding), self, seen, rows)
+        logits = self.denoiser.logits(
+            tokens, wanted, pads=pads, cache=cache, rows=rows, embeddings=embeddings
+        )
+        if self.slots.embedding is not None:
+            technique.heed(self.state(self.slots.embedding), self, logits, wanted)
+        self.activity["passes"] += 1
+        self.activity["positions"] += tokens.shape[0] * (
+            tokens.shape[1] if rows is None else rows.numel()
+        )
+        if cache is not None:
+            self.peak_cache_bytes = max(self.peak_cache_bytes, cache.num_bytes())
+        if self.slots.committer is not None:
+            technique_, state = self.slots.committer[0], self.state(self.slots.committer)
+            logits = technique_.revise(state, self, logits, wanted)
+        # Padding is no text, and counts for no penalty.
+        text = tokens.masked_fill(self.columns < pads[:, None], self.mask_id)
+        best = self.sampler.best(logits, text, wanted, self.mask_id, entries)
+        chance = logits.softmax(dim=-1).gather(2, best[..., None])[..., 0]
+        guess = Guess(tokens.clone(), torch.zeros_like(tokens, dtype=logits.dtype), logits, wanted)
+        guess.tokens[:, wanted] = best
+        guess.confidence[:, wanted] = chance
+        return guess
+
+    # -- the loop ----------------------------------------------------------------------------------
+    def execute(self) -> None:
+        """Fill the text, block after block."""
+        for technique, bound in self.slots.entries():
+            self.states[id(technique)] = technique.begin(self, bound)
+        try:
+            for block in self.blocks:
+                self.block = block
+                self.carried = None
+                while bool(self.open.any()) and not self.cancelled:
+                    self.step()
+                if self.cancelled or bool(self.ended.all()):
+                    break
+        finally:
+            for technique, _ in self.slots.entries():
+                if id(technique) in self.states:
+                    technique.finish(self.states[id(technique)], self)
+
+    def step(self) -> None:
+        """One pass: guess, fix, open again."""
+        before = self.tokens
+        guess = self.carried if self.carried is not None else self.look()
+        self.carried = None
+        if self.slots.candidates is not None:
+            self._leap(guess)
+        else:
+            self._fix(guess)
+        self.activity["emitted"] += int(
+            ((before == self.mask_id) & ~self.masked & ~self.given).sum()
+        ) - int(((before != self.mask_id) & self.masked).sum())
+        self._end_rows()
+        if self.trace is not None:
+            self.trace.append(self.tokens.clone())
+        if self.on_tokens is not None:
+            self.on_tokens(self)
+
+    def _leap(self, guess: Guess) -> None:
+        assert self.slots.candidates is not None
+        technique, state = self.slots.candidates[0], self.state(self.slots.candidates)
+        drafts = technique.propose(state, self, guess)
+        # A draft that fills the block of every row has no successor to be judged by.
+        full = (drafts[:, :, slice(*self.block)] != self.mask_id).all(dim=2).all(dim=0)
+        count = int((~full).sum())
+        guesses = self.evaluate(drafts[:, :count]) if count else []
+        best = technique.verify(state, self, drafts, guesses)
+        self.adopt(drafts, guesses, best)
+
+    def _fix(self, guess: Guess) -> None:
+        places = self.open
+        if self.slots.committer is None:
+            chosen = self.best(guess, places)  # static decoding: one place a pass
+        else:
+            technique, state = self.slots.committer[0], self.state(self.slots.committer)
+            chosen = technique.choose(state, self, guess) & places
+        stuck = places.any(dim=1) & ~chosen.any(dim=1)
+        assert not bool(stuck.any()), "a committer must fix one place of each open row at least"
+        self.tokens = torch.where(chosen, guess.tokens, self.tokens)
+        if self.slots.remasker is not None and bool(self.open.any()):
+            remasker = self.slots.remasker
+            opened = remasker[0].reopen(self.state(remasker), self, guess, chosen) & ~self.given
+            opened &= self.open.any(dim=1, keepdim=True)  # a row that is full stays so
+            self.tokens = self.tokens.masked_fill(opened, self.mask_id)
+
+    def _end_rows(self) -> None:
+        """Fill rows up whose text has ended: everything before an end-of-text id is fixed."""
+        if not self.eos:
+            return
+        new = ~self.given
+        ends = torch.isin(self.tokens, torch.tensor(self.eos, device=self.tokens.device)) & new
+        settled = (~self.masked).long().cumprod(dim=1).bool()  # no open place up to here
+        ends &= settled
+        over = ends.any(dim=1) & ~self.ended
+        if bool(over.any()):
+            first = ends.long().argmax(dim=1)
+            behind = self.columns > first[:, None]
+            # Places that were given behind the end stay: an infilling keeps its text.
+            fill = behind & new & over[:, None]
+            self.tokens = self.tokens.masked_fill(fill, self.pad)
+            self.ended |= over
+
+    def sequences(self) -> Tensor:
+        """(batch, length) ids, all places fixed."""
+        if bool(self.masked.any()):
+            raise HastenError("the call was stopped before every place was filled")
+        return self.tokens

@@ -1,0 +1,1 @@
+"""Which positions a pass computes; the others keep their keys and values."""

@@ -1,0 +1,1 @@
+"""Techniques that add a term to the objective, one file each."""

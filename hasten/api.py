@@ -58,6 +58,16 @@ def put(
     subject: Subject, plan: Plan, *, runner: str = "eager", parts: dict[str, Parts] | None = None
 ) -> CausalModel | MaskedModel:
     """Put a plan on an open subject, by the engine that runs it."""
+    check_engine(subject, plan)
+    if subject.engine == "causal":
+        return CausalModel(subject, plan, runner=runner, parts=parts)
+    if runner != "eager":
+        raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
+    return MaskedModel(subject, plan, parts=parts)
+
+
+def check_engine(subject: Subject, plan: Plan) -> None:
+    """Raise where a technique belongs to another engine than the subject."""
     for technique in plan:
         engines = {slot.engine for slot in technique.contract.slots}
         if subject.engine not in engines:
@@ -65,11 +75,6 @@ def put(
                 f"{technique.name} is of the {min(engines)} engine, and {subject.name} runs on the "
                 f"{subject.engine} one; `hasten list --engine {subject.engine}` shows what fits."
             )
-    if subject.engine == "causal":
-        return CausalModel(subject, plan, runner=runner, parts=parts)
-    if runner != "eager":
-        raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
-    return MaskedModel(subject, plan, parts=parts)
 
 
 def prepare(

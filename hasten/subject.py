@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -129,7 +130,8 @@ def open_subject(
         dtype: of the weights once loaded, as torch's or by name. "auto" takes float32 on a CPU, where every processor is
             quick in it, and the checkpoint's own elsewhere; "stored" takes the checkpoint's own. A
             live model keeps its own.
-        trust_remote_code: run code that comes with a hub model; off unless asked for.
+        trust_remote_code: run code that comes with a hub model; off unless asked for. The masked
+            models of `hasten.masked.checkpoints` need none.
 
     Raises:
         SubjectError: where there is no such model, a file is damaged, or no engine runs it.
@@ -337,20 +339,24 @@ def _tokenizer(
 
     `config` stands in for the folder's own where transformers does not know that one.
     """
-    kind: dict[str, Any] = {"config": config}
-    if config is not None and not (Path(source) / "tokenizer.json").is_file():
-        # The class that it names comes as code; the family's own reads the same vocabulary files.
-        kind = {"tokenizer_type": config.model_type}
+    reader: Any = AutoTokenizer
+    if config is not None:
+        # The class that it names comes as code. A tokenizer.json needs none; other vocabulary
+        # files are read by the class of the family that the model belongs to.
+        if (Path(source) / "tokenizer.json").is_file():
+            reader = PreTrainedTokenizerFast
+        else:
+            options = {**options, "tokenizer_type": config.model_type}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kind, **options)
+        tokenizer = reader.from_pretrained(source, **options)
     except Exception as error:  # a damaged file raises whatever its parser does
         if (Path(source) / "tokenizer.json").is_file():
             raise SubjectError(
                 f"{source}/tokenizer.json cannot be read ({error}); copy it again."
             ) from error
         return None
-    # Some families make an empty tokenizer where there are no files.
-    return tokenizer if tokenizer.vocab_size else None
+    # Some families make a tokenizer of nothing, or of the end of text, where there are no files.
+    return tokenizer if tokenizer.vocab_size > 1 else None
 
 
 def _checked(model: nn.Module, form: MaskedForm | None) -> PreTrainedModel:

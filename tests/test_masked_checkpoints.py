@@ -429,10 +429,13 @@ def remote_tokenizer(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_tokenizer_comes_without_code_too(tmp_path: Path, kind: str) -> None:
     folder = write(tmp_path, kind)
-    remote_tokenizer(folder)
-    tokenizer = open_subject(folder).tokenizer
-    assert tokenizer is not None
-    assert tokenizer.decode(tokenizer("def f(x):").input_ids) == "def f(x):"
+    wanted = models.tiny_tokenizer()("def f(x):\n  y").input_ids
+    for _ in range(2):
+        tokenizer = open_subject(folder).tokenizer
+        assert tokenizer is not None
+        assert tokenizer("def f(x):\n  y").input_ids == wanted
+        assert tokenizer.eos_token_id == models.EOS
+        remote_tokenizer(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert open_subject(folder).tokenizer is None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hasten.api import Model, prepare
+from hasten.api import Model, check_engine, prepare
 from hasten.benchmark.ceilings import BaselineTimes, plan_ceiling, token_work
 from hasten.benchmark.judge import Answers, answer, compare, prove
 from hasten.benchmark.verdict import own_activity, verdict
@@ -141,6 +141,8 @@ def bench(
         _set_threads(threads)
     subject = open_subject(model, dtype=dtype)
     _check_runner(runner)
+    for one in (parsed, *others):
+        check_engine(subject, one)
     if record:
         Ledger().check_writable()
     stored = None

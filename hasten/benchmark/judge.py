@@ -81,15 +81,7 @@ def compare(ours: Answers, original: Answers, work: Workload, seed: int) -> dict
     quality: dict[str, Any] = {}
     if original.nll:
         quality |= _likelihood(ours, original, work, seed)
-    pairs = [agreement(a, b) for a, b in zip(ours.ids, original.ids, strict=True)]
-    firsts = [p.first_divergence for p in pairs if p.first_divergence is not None]
-    quality["agreement"] = {
-        "value": sum(p.share for p in pairs) / len(pairs),
-        "original": 1.0,
-        "identical": sum(p.identical for p in pairs),
-        "num_units": len(pairs),
-        "first_divergence": min(firsts, default=None),
-    }
+    quality["agreement"] = agreement_entry(ours.ids, original.ids)
     if original.texts:
         answers = [
             (parses(a, prompt_chars=n), parses(b, prompt_chars=m))
@@ -97,9 +89,9 @@ def compare(ours: Answers, original: Answers, work: Workload, seed: int) -> dict
         ]
         judged = [(a, b) for a, b in answers if a is not None and b is not None]
         if judged:
-            quality["parse"] = _shares([a for a, _ in judged], [b for _, b in judged], seed)
+            quality["parse"] = shares_entry([a for a, _ in judged], [b for _, b in judged], seed)
     if original.recalled:
-        quality["retrieval"] = _shares(ours.recalled, original.recalled, seed)
+        quality["retrieval"] = shares_entry(ours.recalled, original.recalled, seed)
     return quality
 
 
@@ -121,10 +113,10 @@ def _likelihood(ours: Answers, original: Answers, work: Workload, seed: int) -> 
     )  # fmt: skip
     kl = torch.cat([kl_divergence(b, a) for a, b in zip(ours.logits, original.logits, strict=True)])
     return {
-        "perplexity": _estimate(
+        "perplexity": estimate_entry(
             perplexity(torch.cat(ours.nll)), perplexity(torch.cat(original.nll)), estimate
         ),
-        "bits_per_byte": _estimate(
+        "bits_per_byte": estimate_entry(
             bits_per_byte(sum(total), int(sum(num_bytes))),
             bits_per_byte(sum(total_theirs), int(sum(num_bytes))),
             per_byte,
@@ -138,14 +130,29 @@ def _likelihood(ours: Answers, original: Answers, work: Workload, seed: int) -> 
     }
 
 
-def _shares(ours: list[bool], theirs: list[bool], seed: int) -> dict[str, Any]:
+def agreement_entry(ours: list[Tensor], theirs: list[Tensor]) -> dict[str, Any]:
+    """How many ids of each prompt are the original's, and where the first one is not."""
+    pairs = [agreement(a, b) for a, b in zip(ours, theirs, strict=True)]
+    firsts = [p.first_divergence for p in pairs if p.first_divergence is not None]
+    return {
+        "value": sum(p.share for p in pairs) / len(pairs),
+        "original": 1.0,
+        "identical": sum(p.identical for p in pairs),
+        "num_units": len(pairs),
+        "first_divergence": min(firsts, default=None),
+    }
+
+
+def shares_entry(ours: list[bool], theirs: list[bool], seed: int) -> dict[str, Any]:
+    """A share of yes/no units beside the original's, paired."""
     estimate = recovery_of_shares(ours, theirs, seed=seed)
-    return _estimate(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {
+    return estimate_entry(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {
         "num_units": len(ours)
     }
 
 
-def _estimate(value: float, original: float, estimate: Any) -> dict[str, Any]:
+def estimate_entry(value: float, original: float, estimate: Any) -> dict[str, Any]:
+    """A metric with the original's value and how much of it is kept."""
     return {
         "value": value,
         "original": original,
@@ -168,7 +175,7 @@ def prove(
 ) -> dict[str, Any]:
     """Proof that a plan keeps to its loss class: {"passed": bool, "detail": what was shown}."""
     if loss is Loss.LOSSY:
-        return _prove_lossy(quality)
+        return prove_lossy(quality)
     passed, detail = prove_ids(original, ours, theirs, work)
     if not passed or loss is Loss.EXACT:
         return {"passed": passed, "detail": detail}
@@ -259,7 +266,8 @@ def _sampling_test(model: CausalModel, original: CausalModel, work: Workload, ti
     return two_sample_test([counts[0][o] for o in outcomes], [counts[1][o] for o in outcomes])
 
 
-def _prove_lossy(quality: dict[str, Any]) -> dict[str, Any]:
+def prove_lossy(quality: dict[str, Any]) -> dict[str, Any]:
+    """A lossy plan is broken only where next to nothing of the quality is left."""
     found = quality.get("perplexity")
     if found is None or found["recovery"] is None:
         share = quality["agreement"]["value"]

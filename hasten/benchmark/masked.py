@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.benchmark.judge import agreement_entry, estimate_entry, prove_lossy, shares_entry
 from hasten.benchmark.verdict import own_activity, verdict
 from hasten.benchmark.workload import Workload, crops, make_workload
 from hasten.causal.engine import CausalModel
@@ -27,8 +28,8 @@ from hasten.measure.limits import Limits
 from hasten.measure.machine import machine, versions
 from hasten.measure.memory import peak_memory
 from hasten.measure.parsing import parses
-from hasten.measure.stats import exp_weighted_mean, recovery, recovery_of_shares
-from hasten.measure.text_quality import agreement, perplexity
+from hasten.measure.stats import exp_weighted_mean, recovery
+from hasten.measure.text_quality import perplexity
 from hasten.plan import Plan
 from hasten.subject import Subject, open_subject
 from hasten.technique import Loss
@@ -41,7 +42,6 @@ AUTOREGRESSIVE = "autoregressive"
 PROMPT_TOKENS = 128
 NUM_TEXTS = 12  # texts that are generated, and texts that are infilled, for quality
 HOLE = 16  # masks in each text that is infilled
-MIN_RECOVERY = 0.5  # a lossy plan that keeps less of the perplexity than this is broken
 
 
 @dataclass
@@ -215,7 +215,7 @@ class MaskedJob:
         if exact is not None:
             proof = {"passed": exact[0], "detail": exact[1]}
         else:
-            proof = _prove_lossy(quality)
+            proof = prove_lossy(quality)
         activity = {key: float(value) for key, value in self.activity[name].items()}
         ratio, top = timings.ratio(name), plan_ceiling(plan, self.work.max_new_tokens)
         word, reason = verdict(plan, ratio, activity, proof, top)
@@ -315,7 +315,7 @@ def compare(ours: Answers, original: Answers, seed: int) -> dict[str, Any]:
             aggregate=exp_weighted_mean,
             seed=seed,
         )
-        quality["perplexity"] = _entry(
+        quality["perplexity"] = estimate_entry(
             perplexity(torch.cat(ours.nll)), perplexity(torch.cat(original.nll)), estimate
         )
     judged = [
@@ -324,50 +324,12 @@ def compare(ours: Answers, original: Answers, seed: int) -> dict[str, Any]:
         if a is not None and b is not None
     ]
     if judged:
-        quality["parse"] = _shares([a for a, _ in judged], [b for _, b in judged], seed)
+        quality["parse"] = shares_entry([a for a, _ in judged], [b for _, b in judged], seed)
     if original.right and ours.right:
-        quality["infilling"] = _shares(ours.right, original.right, seed)
+        quality["infilling"] = shares_entry(ours.right, original.right, seed)
     if ours.timed:
-        pairs = [agreement(a, b) for a, b in zip(ours.timed, original.timed, strict=True)]
-        firsts = [p.first_divergence for p in pairs if p.first_divergence is not None]
-        quality["agreement"] = {
-            "value": sum(p.share for p in pairs) / len(pairs),
-            "original": 1.0,
-            "identical": sum(p.identical for p in pairs),
-            "num_units": len(pairs),
-            "first_divergence": min(firsts, default=None),
-        }
+        quality["agreement"] = agreement_entry(ours.timed, original.timed)
     return quality
-
-
-def _shares(ours: list[bool], theirs: list[bool], seed: int) -> dict[str, Any]:
-    estimate = recovery_of_shares(ours, theirs, seed=seed)
-    return _entry(sum(ours) / len(ours), sum(theirs) / len(theirs), estimate) | {
-        "num_units": len(ours)
-    }
-
-
-def _entry(value: float, original: float, estimate: Any) -> dict[str, Any]:
-    interval = None if estimate is None or estimate.interval is None else list(estimate.interval)
-    return {
-        "value": value,
-        "original": original,
-        "recovery": None if estimate is None else estimate.value,
-        "interval": interval,
-    }
-
-
-def _prove_lossy(quality: dict[str, Any]) -> dict[str, Any]:
-    found = quality.get("perplexity")
-    if found is None or found["recovery"] is None:
-        return {
-            "passed": True,
-            "detail": f"lossy; {quality['agreement']['value']:.0%} of the ids agree (nobody to judge them)",
-        }
-    return {
-        "passed": bool(found["recovery"] >= MIN_RECOVERY),
-        "detail": f"lossy; its text keeps {found['recovery']:.1%} of static decoding's perplexity",
-    }
 
 
 def plan_ceiling(plan: Plan, new_tokens: int) -> Ceiling:

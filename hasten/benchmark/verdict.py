@@ -48,6 +48,8 @@ def _why(plan: Plan, ratio: Ratio, activity: dict[str, float], ceiling: Ceiling)
     """Which term of the ceiling was missed."""
     if ceiling.value < 1.1:
         return f"there is next to nothing to gain here: {ceiling.detail}"
+    if ratio.median > 1:
+        return f"the gain is within the noise of the measurement; {ceiling.detail}"
     passes, emitted = activity.get("passes", 0), activity.get("emitted", 0)
     if ceiling.term == "passes" and passes:
         rate = emitted / passes

@@ -96,7 +96,7 @@ class Settings:
             value = take(name, None)
             if value not in neutral:
                 raise HastenError(
-                    f"{name}={value!r} is not supported by the causal engine; leave it out. "
+                    f"{name}={value!r} is not supported; leave it out. "
                     f"Supported: {', '.join(sorted(_accepted()))}."
                 )
         max_new = take("max_new_tokens", None)
@@ -124,9 +124,7 @@ class Settings:
         )
         for ignored in ("use_cache", "output_scores", "output_attentions", "output_hidden_states"):
             if given.pop(ignored, None) and ignored != "use_cache":
-                raise HastenError(
-                    f"{ignored}=True is not supported by the causal engine; leave it out."
-                )
+                raise HastenError(f"{ignored}=True is not supported; leave it out.")
         if given:
             raise HastenError(
                 f"Unknown argument {next(iter(given))!r} for generate; "

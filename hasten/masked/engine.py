@@ -88,8 +88,8 @@ class MaskedModel:
 
         Args:
             block_length: places are filled in blocks of so many from left to right, in any order
-                within one. It must divide `max_new_tokens`. By default 32, or the model's own, or
-                as much as divides.
+                within one, counted from the prompt's end. It must divide `max_new_tokens`. By
+                default 32, or the model's own, or as much as divides.
             arguments: the settings of `model.generate`, as for the causal engine.
         """
         run, settings = self._generation(input_ids, attention_mask, block_length, arguments)

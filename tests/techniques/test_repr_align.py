@@ -163,7 +163,16 @@ def test_it_sees_both_ways_but_never_what_it_has_to_say() -> None:
 def test_windows_lie_within_one_file() -> None:
     files = [torch.arange(start, start + size) for start, size in ((0, 30), (1000, 9), (2000, 47))]
     data = FileWindows(files, seed=3)
-    assert data.windows(10) == [(0, 0), (0, 10), (0, 19), (2, 0), (2, 10), (2, 20), (2, 30), (2, 36)]
+    assert data.windows(10) == [
+        (0, 0),
+        (0, 10),
+        (0, 19),
+        (2, 0),
+        (2, 10),
+        (2, 20),
+        (2, 30),
+        (2, 36),
+    ]
     epoch = data.batch(0, 8, 10)
     assert (epoch.diff(dim=1) == 1).all() and len({int(row[0]) for row in epoch}) == 8
     assert torch.equal(epoch, FileWindows(files, seed=3).batch(0, 8, 10))

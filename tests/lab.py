@@ -1,21 +1,27 @@
-"""Puts techniques on tiny models for the laws: settings, trained parts and second models."""
+"""What the laws of all engines share: techniques on tiny models, and looks at what they leave."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hasten
 from hasten import technique as registry
 from hasten.causal.engine import CausalModel
+from hasten.errors import PlanError
+from hasten.masked.engine import MaskedModel
 from hasten.parts import part_knobs
-from hasten.technique import Parts, Technique
+from hasten.plan import Plan
+from hasten.technique import Knob, Parts, Technique
 from tests import models
-from tests.law_settings import SETTINGS, SMALL
+from tests.law_settings import SETTINGS, SMALL, Setting
 
 PREPARE_STEPS = 2
 NOISE = 0.01  # on the second model's weights, so that it is often but not always right
@@ -26,6 +32,8 @@ class Lab:
 
     A name is a family with config overrides, such as `("llama", {"num_key_value_heads": 4})`.
     """
+
+    settings: ClassVar[Mapping[str, Setting]] = SETTINGS
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,13 +60,13 @@ class Lab:
     def model(self, name: str) -> PreTrainedModel:
         return self._models[name]
 
-    def technique(self, name: str, slug: str, *, neutral: bool = False) -> Technique:
-        """A technique at the laws' setting for a model, or at its neutral knobs."""
+    def technique(self, name: str, slug: str, *, neutral: bool = False, **more: Any) -> Technique:
+        """A technique at the laws' setting for a model, with more knobs, or at its neutral ones."""
         kind = registry.get(slug)
-        knobs = dict(SETTINGS[slug].knobs) if slug in SETTINGS else {}
+        knobs = {**self.settings[slug].knobs, **more} if slug in self.settings else more
         if neutral:
             assert kind.card.neutral is not None
-            knobs |= kind.card.neutral
+            knobs = {**knobs, **kind.card.neutral}
         return kind(**{k: str(self._small(name)) if v == SMALL else v for k, v in knobs.items()})
 
     def parts(self, name: str, technique: Technique) -> dict[str, Parts]:
@@ -121,6 +129,66 @@ class Lab:
         return self._second[name]
 
 
-def counters(fast: CausalModel, slug: str) -> dict[str, float]:
+def counters(fast: CausalModel | MaskedModel, slug: str) -> dict[str, float]:
     """A technique's own activity in the last call."""
     return {key: value for key, value in fast.activity.items() if key.startswith(f"{slug}.")}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def hooks(model: nn.Module) -> list[tuple[str, str]]:
+    """Every hook and every forward that was put over a module's own."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [
+        (name, kind)
+        for name, module in model.named_modules()
+        for kind in (*kinds, "forward")
+        if (module.__dict__.get(kind) if kind != "forward" else kind in module.__dict__)
+    ]
+
+
+def early_end(ids: Tensor, prompt: int) -> int:
+    """An id that some rows of a continuation meet early, and others late or never."""
+    firsts: dict[int, list[int]] = {}
+    for row in ids[:, prompt:].tolist():
+        for token in set(row):
+            firsts.setdefault(token, []).append(row.index(token))
+    return min(firsts, key=lambda token: (abs(min(firsts[token]) - 4), len(firsts[token])))
+
+
+def padded_behind(row: Tensor, prompt: int, end: int) -> bool:
+    """Whether a continuation holds its end-of-text id once at most, and only padding behind it."""
+    rest = row[prompt:].tolist()
+    return end not in rest or all(token == models.EOS for token in rest[rest.index(end) + 1 :])
+
+
+def other_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A legal value of a knob that is not its default."""
+    limits: Knob = field.metadata["knob"]
+    if limits.choices:
+        return next(choice for choice in limits.choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return 'a "quoted" \\ name, with(out) brackets'
+    low = -10.0 if limits.low is None else limits.low
+    high = max(low + 1, 10.0) if limits.high is None or math.isinf(limits.high) else limits.high
+    middle = low + (high - low) / 4
+    if isinstance(value, int):
+        return next(n for n in (math.ceil(middle), math.ceil(middle) + 1) if n != value)
+    return middle if middle != value else low + (high - low) / 8
+
+
+def one_knob_plans(slug: str) -> list[Plan]:
+    """A technique at its defaults, and with each knob at another value."""
+    kind = registry.get(slug)
+    plans = [Plan.parse(slug)]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        try:
+            plans.append(Plan.parse(kind(**{field.name: other_value(field, field.default)})))
+        except PlanError as error:  # a knob that is checked against another one
+            assert slug in str(error)
+    assert len(plans) > 1 or not dataclasses.fields(kind)  # type: ignore[arg-type]
+    return plans

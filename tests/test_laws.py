@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hasten
 from hasten import parts as parts_on_disk
@@ -21,9 +21,17 @@ from hasten import technique as registry
 from hasten.causal.engine import RUNNERS, CausalModel
 from hasten.errors import HastenError, PlanError
 from hasten.plan import Plan, conflict
-from hasten.technique import Knob, Loss, Technique
+from hasten.technique import Loss, Technique
 from tests import models
-from tests.lab import Lab, counters
+from tests.lab import (
+    Lab,
+    counters,
+    early_end,
+    hooks,
+    one_knob_plans,
+    padded_behind,
+    snapshot,
+)
 from tests.law_settings import NO_NEUTRAL, SETTINGS
 
 NEVER = -1  # an end-of-text id that no model gives
@@ -121,21 +129,6 @@ def test_its_rival_is_a_plan_that_can_be_read(slug: str) -> None:
 
 
 # -------------------------------------------------------------------------------- off is off
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def hooks(model: nn.Module) -> list[tuple[str, str]]:
-    """Every hook and every forward that was put over a module's own."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return [
-        (name, kind)
-        for name, module in model.named_modules()
-        for kind in (*kinds, "forward")
-        if (module.__dict__.get(kind) if kind != "forward" else kind in module.__dict__)
-    ]
 
 
 @pytest.mark.parametrize("slug", BUILT)
@@ -293,21 +286,6 @@ def chi_squared(observed: Tensor, expected: Tensor) -> float:
 # --------------------------------------------------------------------------------- it survives
 
 
-def early_end(ids: Tensor, prompt: int) -> int:
-    """An id that some rows of a continuation meet early, and others late or never."""
-    firsts: dict[int, list[int]] = {}
-    for row in ids[:, prompt:].tolist():
-        for token in set(row):
-            firsts.setdefault(token, []).append(row.index(token))
-    return min(firsts, key=lambda token: (abs(min(firsts[token]) - 4), len(firsts[token])))
-
-
-def padded_behind(row: Tensor, prompt: int, end: int) -> bool:
-    """Whether a continuation holds its end-of-text id once at most, and only padding behind it."""
-    rest = row[prompt:].tolist()
-    return end not in rest or all(token == models.EOS for token in rest[rest.index(end) + 1 :])
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("slug", BUILT)
 def test_padded_batches_whose_rows_end_early(lab: Lab, slug: str, name: str) -> None:
@@ -379,35 +357,9 @@ def test_parts_survive_saving_and_know_their_model(lab: Lab, slug: str, data_fol
         path.unlink()
 
 
-def other_value(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A legal value of a knob that is not its default."""
-    limits: Knob = field.metadata["knob"]
-    if limits.choices:
-        return next(choice for choice in limits.choices if choice != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, str):
-        return 'a "quoted" \\ name, with(out) brackets'
-    low = -10.0 if limits.low is None else limits.low
-    high = max(low + 1, 10.0) if limits.high is None or math.isinf(limits.high) else limits.high
-    middle = low + (high - low) / 4
-    if isinstance(value, int):
-        return next(n for n in (math.ceil(middle), math.ceil(middle) + 1) if n != value)
-    return middle if middle != value else low + (high - low) / 8
-
-
 @pytest.mark.parametrize("slug", BUILT)
 def test_plans_survive_text_and_toml(slug: str) -> None:
-    kind = registry.get(slug)
-    plans = [Plan.parse(slug)]
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        value = other_value(field, field.default)
-        try:
-            plans.append(Plan.parse(kind(**{field.name: value})))
-        except PlanError as error:  # a knob that is checked against another one
-            assert slug in str(error)
-    assert len(plans) > 1 or not dataclasses.fields(kind)  # type: ignore[arg-type]
-    for plan in plans:
+    for plan in one_knob_plans(slug):
         assert Plan.parse(str(plan)) == plan
         assert Plan.from_toml(plan.to_toml()) == plan
         assert str(Plan.from_toml(plan.to_toml())) == str(plan)

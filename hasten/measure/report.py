@@ -74,7 +74,7 @@ machine may differ by more.</footer>
 
 def _hero(result: Mapping[str, Any]) -> str:
     subject = view.look(result, "subject")
-    about = [text(subject, key) for key in ("kind", "engine", "runner")]
+    about = [text(subject, key) for key in ("kind", "engine", "runner", "dtype")]
     parameters = number(subject, "parameters")
     if parameters is not None:
         about.append(f"{view.rate(parameters, '').strip()} parameters")

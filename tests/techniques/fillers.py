@@ -25,10 +25,15 @@ LETTERS = 24
 
 
 def filler(
-    *, shifted: bool = False, sharp: float = 4.0, seed: int = 0, **overrides: Any
+    family: str = "llama",
+    *,
+    shifted: bool = False,
+    sharp: float = 4.0,
+    seed: int = 0,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """A random model that fills masks; `sharp` scales its logits, so that it is sure of some."""
-    model = models.tiny_model("llama", seed=seed, **overrides)
+    model = models.tiny_model(family, seed=seed, **overrides)
     model.config.is_causal = False
     model.config.mask_token_id = MASK
     model.config.shifted_logits = shifted

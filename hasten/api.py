@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hasten.causal.engine import CausalModel
 from hasten.causal.engine import prepare as prepare_causal
+from hasten.denoise.engine import DenoiseModel
 from hasten.errors import PlanError
 from hasten.home import atomic_write
 from hasten.masked.engine import MaskedModel
@@ -25,7 +25,9 @@ from hasten.technique import Parts, Technique
 
 PLAN_FILE = "plan.toml"
 
-Model = str | os.PathLike[str] | nn.Module | Subject
+Applied = CausalModel | MaskedModel | DenoiseModel
+
+Model = Any  # str | os.PathLike[str] | nn.Module | Subject | a Diffusers pipeline
 
 
 def apply(
@@ -35,7 +37,7 @@ def apply(
     parts: dict[str, Parts] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
-) -> CausalModel | MaskedModel:
+) -> Applied:
     """Put a plan on a model.
 
     Args:
@@ -56,13 +58,15 @@ def apply(
 
 def put(
     subject: Subject, plan: Plan, *, runner: str = "eager", parts: dict[str, Parts] | None = None
-) -> CausalModel | MaskedModel:
+) -> Applied:
     """Put a plan on an open subject, by the engine that runs it."""
     check_engine(subject, plan)
     if subject.engine == "causal":
         return CausalModel(subject, plan, runner=runner, parts=parts)
     if runner != "eager":
-        raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
+        raise PlanError(f"The {subject.engine} engine runs on 'eager' only, not on {runner!r}.")
+    if subject.engine == "denoise":
+        return DenoiseModel(subject, plan, parts=parts)
     return MaskedModel(subject, plan, parts=parts)
 
 
@@ -105,7 +109,7 @@ def prepare(
     return made
 
 
-def save(applied: CausalModel | MaskedModel, folder: str | os.PathLike[str]) -> Path:
+def save(applied: Applied, folder: str | os.PathLike[str]) -> Path:
     """Write a plan and its trained parts: `plan.toml` and one safetensors file per trained technique.
 
     The model itself is not copied; the parts carry its hash, and `load` refuses any other.
@@ -121,7 +125,7 @@ def save(applied: CausalModel | MaskedModel, folder: str | os.PathLike[str]) -> 
 
 def load(
     folder: str | os.PathLike[str], model: Model, *, runner: str = "eager", **options: Any
-) -> CausalModel | MaskedModel:
+) -> Applied:
     """Put a saved plan on a model, with the parts that were saved with it.
 
     Raises:

@@ -23,6 +23,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hasten.zoo.catalogue as zoo
+from hasten.denoise import pipelines
+from hasten.denoise.network import networks
 from hasten.errors import SubjectError
 from hasten.masked import checkpoints
 from hasten.parts import model_hash
@@ -57,16 +59,20 @@ class Subject:
         name: how it was named: zoo name, folder or hub id; the class name for a live object.
         tokenizer: its tokenizer where there is one.
         form: how to read a masked-diffusion model; None for any other.
+        pipe: the Diffusers pipeline that the model is the network of; None for any other.
     """
 
-    model: PreTrainedModel
+    model: Any
     name: str
     tokenizer: PreTrainedTokenizerBase | None = None
     form: MaskedForm | None = None
+    pipe: Any = None
 
     @property
     def engine(self) -> str:
         """The engine that runs it."""
+        if self.pipe is not None:
+            return "denoise"
         return "causal" if self.form is None else "masked"
 
     @cached_property
@@ -76,7 +82,9 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """The model family, as transformers names it."""
+        """The model family, as transformers names it; the class of a pipeline."""
+        if self.pipe is not None:
+            return type(self.pipe).__name__
         return str(self.model.config.model_type)
 
     @property
@@ -97,6 +105,8 @@ class Subject:
     @property
     def context(self) -> int | None:
         """The longest sequence that the model was made for, if it says."""
+        if self.pipe is not None:
+            return None
         config = self.model.config.get_text_config(decoder=True)
         value = getattr(config, "max_position_embeddings", None)
         return int(value) if value else None
@@ -139,6 +149,8 @@ def open_subject(
     dtype = _named_dtype(dtype)
     if isinstance(what, Subject):
         return _in_dtype(what, dtype)
+    if pipelines.is_pipeline(what):
+        return _in_dtype(pipeline_subject(what, type(what).__name__), dtype)
     if isinstance(what, nn.Module):
         name, form = type(what).__name__, masked_form(what)
         return _in_dtype(Subject(_checked(what, form), name, tokenizer, form), dtype)
@@ -160,6 +172,8 @@ def open_subject(
         "trust_remote_code": trust_remote_code,
         "local_files_only": _is_folder(source),
     }
+    if pipelines.is_pipeline_folder(source):
+        return pipeline_subject(pipelines.load(source, shown, dtype=dtype, device=device), shown)
     try:
         foreign = checkpoints.config_of(source, local=_is_folder(source))
         if foreign is not None:
@@ -178,6 +192,18 @@ def open_subject(
         tokenizer = _tokenizer(source, options, None if foreign is None else model.config)
     form = masked_form(model)
     return Subject(_checked(model, form), shown, tokenizer, form)
+
+
+def pipeline_subject(pipe: Any, name: str) -> Subject:
+    """A Diffusers pipeline as a subject; its network is the model.
+
+    Raises:
+        SubjectError: where it has no network that removes noise step by step.
+    """
+    network = networks(pipe)[0]
+    for module in networks(pipe):
+        module.eval()
+    return Subject(network, name, pipe=pipe)
 
 
 def _loaded(
@@ -271,10 +297,12 @@ def _check_folder(name: str) -> None:
         raise SubjectError(
             f"{name} is a file; give the checkpoint's folder (with its config.json)."
         )
+    if pipelines.is_pipeline_folder(name):
+        return  # a pipeline says itself what is wrong with it
     config = path / "config.json"
     if not config.is_file():
         raise SubjectError(
-            f"{name} holds no config.json, so it is no checkpoint folder. {_known()}"
+            f"{name} holds no config.json (or a pipeline's model_index.json), so it is no checkpoint folder. {_known()}"
         )
     try:
         json.loads(config.read_text(encoding="utf-8"))

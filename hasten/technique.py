@@ -59,6 +59,10 @@ class Resource(Enum):
     MODEL_CHOICE = "which model runs the next pass"
     FIXED_PLACES = "places that stay fixed once they are"
     TOKEN_INPUTS = "inputs that are nothing but tokens"
+    TRAJECTORY = "one sample that moves on from step to step"
+    EVERY_CALL = "a network call at every step"
+    TIMESTEPS = "the timesteps that the scheduler makes"
+    TOKEN_SET = "all tokens of the sample in every call"
 
 
 class Slot(Enum):
@@ -75,6 +79,12 @@ class Slot(Enum):
     CANDIDATES = ("masked", "candidates", True)
     WINDOW = ("masked", "window", True)
     EMBEDDING = ("masked", "embedding", True)
+    SCHEDULE = ("denoise", "schedule", True)
+    GATE = ("denoise", "gate", True)
+    GUIDER = ("denoise", "guider", True)
+    BLOCK = ("denoise", "block", True)
+    ATTENTION = ("denoise", "attention", True)
+    STATE = ("denoise", "state", True)
     LOSS = ("training", "loss", False)
 
     def __init__(self, engine: str, label: str, exclusive: bool) -> None:

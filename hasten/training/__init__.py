@@ -1,4 +1,4 @@
-"""Faster training: one loop for causal language models, and the techniques that plug in to it."""
+"""Faster training: one loop, and the techniques that plug in to it."""
 
 from hasten.training.loop import Data, LossFunction, Outcome, Settings, Stage, fit, next_token_loss
 

@@ -1,4 +1,7 @@
-"""The training loop for causal language models, readable on one screen.
+"""The training loop, readable on one screen.
+
+It trains language models unless told otherwise; the words are theirs. For a model of pictures a
+row is a picture, and its length is the number of tokens that the picture is cut into.
 
 Muon updates the hidden matrices and AdamW the rest (embeddings, norms, biases). The learning rate
 warms up, holds, and falls linearly to zero. Sequences grow in stages, since short ones are cheaper
@@ -15,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -36,8 +39,11 @@ from torch.nn.functional import cross_entropy
 
 from hasten.errors import HastenError
 
-LossFunction = Callable[[nn.Module, Tensor], tuple[Tensor, dict[str, float]]]
-"""`loss_fn(model, batch) -> (loss, metrics)`; `batch` holds ids, `(rows, length + 1)`, int64."""
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
+"""`loss_fn(model, batch) -> (loss, metrics)`; `batch` is what `Data.batch` gave, on the model's
+device. For language models: ids, `(rows, length + 1)`, int64."""
+
+Builder = Callable[[nn.Module, "Settings"], list[torch.optim.Optimizer]]
 
 Evaluation = Callable[[nn.Module], dict[str, float]]
 
@@ -45,8 +51,11 @@ Evaluation = Callable[[nn.Module], dict[str, float]]
 class Data(Protocol):
     """Where batches come from."""
 
-    def batch(self, index: int, rows: int, length: int) -> Tensor:
-        """Ids `(rows, length + 1)`; a pure function of its arguments, so that runs resume."""
+    def batch(self, index: int, rows: int, length: int) -> Any:
+        """A tensor, or what else has `to(device)`: of text, ids `(rows, length + 1)`.
+
+        A pure function of its arguments, so that runs resume.
+        """
         ...
 
 
@@ -165,6 +174,8 @@ def fit(
     num_evaluations: int = 10,
     quiet: bool = False,
     label: str = "training",
+    optimizers_of: Builder | None = None,
+    average: float | None = None,
 ) -> Outcome:
     """Train `model` in place.
 
@@ -172,15 +183,20 @@ def fit(
         checkpoint: a file that holds the newest state; None keeps none. It stays when the run ends.
         resume: go on from `checkpoint` where there is one.
         evaluate: called `num_evaluations` times, evenly spread, the last after the last step.
+        optimizers_of: makes the optimisers; by default `build_optimizers`.
+        average: keep a running mean of the weights that forgets this little each step (0.999,
+            say), evaluate it, and leave it in the model. Diffusion models need one: their
+            gradients are noisy.
 
     Raises:
         HastenError: where the checkpoint belongs to another run or the loss is not finite.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step is done and the state is saved.
     """
-    optimizers = build_optimizers(model, settings)
+    optimizers = (optimizers_of or build_optimizers)(model, settings)
     outcome = Outcome()
+    mean = None if average is None else Average(model, average)
     if resume and checkpoint is not None and checkpoint.exists():
-        outcome = load_checkpoint(checkpoint, model, optimizers, settings)
+        outcome = load_checkpoint(checkpoint, model, optimizers, settings, mean)
     marks = {round(settings.num_steps * (i + 1) / num_evaluations) for i in range(num_evaluations)}
     model.train()
     last_save = last_clock = time.monotonic()
@@ -191,10 +207,13 @@ def fit(
     ):
         for step in range(outcome.steps, settings.num_steps):
             loss, metrics = _step(model, data, settings, loss_fn, optimizers, step)
+            if mean is not None:
+                mean.update(step)
             outcome.losses.append(loss)
             outcome.steps, outcome.tokens = step + 1, (step + 1) * settings.batch_tokens
             if evaluate is not None and outcome.steps in marks:
-                evaluation = {"step": float(outcome.steps), **run_evaluation(model, evaluate)}
+                with mean.in_use() if mean is not None else nullcontext():
+                    evaluation = {"step": float(outcome.steps), **run_evaluation(model, evaluate)}
                 outcome.evaluations.append(evaluation)
                 metrics = {**metrics, **evaluation}
             now = time.monotonic()
@@ -202,11 +221,47 @@ def fit(
             report.show(outcome, metrics)
             due = stopped() or outcome.steps == settings.num_steps
             if checkpoint is not None and (due or now - last_save > checkpoint_seconds):
-                save_checkpoint(checkpoint, model, optimizers, settings, outcome)
+                save_checkpoint(checkpoint, model, optimizers, settings, outcome, mean)
                 last_save = now
             if stopped() and outcome.steps < settings.num_steps:
                 raise KeyboardInterrupt
+    if mean is not None:
+        mean.swap()
     return outcome
+
+
+class Average:
+    """A running mean of a model's weights."""
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        if not 0 <= keep < 1:
+            raise HastenError(f"average is {keep}; give 0 or more and less than 1")
+        self.keep = keep
+        self.live = dict(model.named_parameters())
+        self.mean = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step number `step`, counted from 0."""
+        keep = min(self.keep, (1 + step) / (10 + step))  # so that the first weights are forgotten
+        torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - keep)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the mean with the weights in the model; twice is as before."""
+        for name, parameter in self.live.items():
+            kept = parameter.clone()
+            parameter.copy_(self.mean[name])
+            self.mean[name].copy_(kept)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Have the model hold the mean for the time being."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 
 def _step(
@@ -296,6 +351,7 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     settings: Settings,
     outcome: Outcome,
+    average: Average | None = None,
 ) -> None:
     """Write weights, optimizer state and progress to one file, whole or not at all."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -305,6 +361,8 @@ def save_checkpoint(
             for key, value in state.items():
                 # AdamW counts its steps in one tensor per parameter; safetensors wants copies.
                 tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().clone()
+    if average is not None:
+        tensors |= {f"average.{name}": mean.clone() for name, mean in average.mean.items()}
     tensors["rng"] = torch.get_rng_state()
     metadata = {"settings": settings.fingerprint(), "outcome": json.dumps(asdict(outcome))}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,6 +376,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     settings: Settings,
+    average: Average | None = None,
 ) -> Outcome:
     """Put a saved state back into `model` and `optimizers`; returns the progress so far.
 
@@ -344,9 +403,15 @@ def load_checkpoint(
             f"the checkpoint {path} is of a model of another shape; "
             "use that one, or delete the checkpoint and start afresh"
         )
+    if average is not None and not all(f"average.{name}" in tensors for name in named):
+        raise HastenError(
+            f"the checkpoint {path} holds no mean of the weights; delete it and start afresh"
+        )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"model.{name}"])
+            if average is not None:
+                average.mean[name].copy_(tensors[f"average.{name}"])
     owner = {
         id(parameter): optimizer
         for optimizer in optimizers

@@ -1,0 +1,112 @@
+"""A Diffusers pipeline with a plan on it: call it, undo it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+from torch import nn
+
+from hasten.denoise.network import networks
+from hasten.denoise.run import Run, Slots
+from hasten.errors import HastenError, PlanError
+from hasten.parts import parts_for
+from hasten.plan import Plan
+from hasten.subject import Subject
+from hasten.technique import Parts
+
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+class DenoiseModel:
+    """What `hasten.apply` returns for a Diffusers pipeline.
+
+    It is called as the pipeline is, and returns what the pipeline returns. The plan acts during
+    such a call only; the pipeline itself stays as it was.
+
+    Attributes:
+        plan: the techniques, in the order in which they were written.
+        activity: counters of the last call; "calls" are network calls that ran, "skipped" those
+            that did not, "rows" the samples computed, "steps" the solver's.
+        seconds: the last call's duration; `network_seconds`: the part of it inside the network.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: Plan,
+        *,
+        parts: dict[str, Parts] | None = None,
+        exclusive: bool = True,
+    ) -> None:
+        pipe = subject.pipe
+        assert pipe is not None, "the subject is of another engine"
+        owner = networks(pipe)[0]
+        if exclusive and owner in _APPLIED:
+            raise PlanError(
+                f"This pipeline has the plan {_APPLIED[owner] or '(empty)'!r} on it already; call undo() first."
+            )
+        self.subject = subject
+        self.plan = plan
+        self.pipe = pipe
+        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
+        for technique in plan:
+            technique.check(pipe)  # type: ignore[attr-defined]
+        self.bound = [(t, t.bind(owner, self.parts[t.name])) for t in plan.ordered()]
+        self._slots()  # a technique of another engine is refused now
+        self.activity: dict[str, int] = {}
+        self.seconds = 0.0
+        self.network_seconds = 0.0
+        self._open = True
+        self._exclusive = exclusive
+        if exclusive:
+            _APPLIED[owner] = str(plan)
+
+    def _slots(self) -> Slots:
+        return Slots.fill(self.bound)
+
+    # -- calls -----------------------------------------------------------------------------------
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, as the pipeline does: the same arguments, the same result."""
+        return self._execute(self.start(), *args, **kwargs)
+
+    generate = __call__
+
+    def start(self) -> Run:
+        """A call that has not begun; `_execute` runs it."""
+        if not self._open:
+            raise PlanError("The plan was undone; apply it again to use it.")
+        return Run(self.pipe, self._slots())
+
+    def _execute(self, run: Run, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        _check_steps(kwargs)
+        try:
+            with run.attached():
+                return self.pipe(*args, **kwargs)
+        finally:
+            self.seconds = time.perf_counter() - start
+            self.network_seconds = run.seconds
+            self.activity = dict(run.activity)
+
+    # -- the rest --------------------------------------------------------------------------------
+    def undo(self) -> None:
+        """Take the plan off; this object cannot be used any more."""
+        if self._open:
+            self._open = False
+            self.bound = []
+            if self._exclusive:
+                _APPLIED.pop(networks(self.pipe)[0], None)
+
+    def __enter__(self) -> DenoiseModel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+
+def _check_steps(arguments: dict[str, Any]) -> None:
+    steps = arguments.get("num_inference_steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise HastenError(f"num_inference_steps={steps!r}; it must be a whole number of 1 or more.")

@@ -1,0 +1,1 @@
+"""Which network calls run, and what stands for those that do not."""

@@ -1,0 +1,125 @@
+"""Noise levels: what a network's output says of the clean sample, for every kind of scheduler.
+
+A noisy sample is `x = alpha * clean + sigma * noise`. Diffusers' schedulers write levels in three
+ways: as a table over training timesteps, as a ratio sigma / alpha at each step, or as the share of
+noise of a flow. Some hand samples about as `clean + ratio * noise`; those are scaled back here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.errors import SubjectError
+
+# These keep samples as clean + ratio * noise, and scale them only for the network.
+_VARIANCE_EXPLODING = ("EulerDiscrete", "EulerAncestral", "Heun", "KDPM2", "LMSDiscrete")
+_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One noise level.
+
+    Attributes:
+        alpha, sigma: `x = alpha * clean + sigma * noise`, for x = `scale` * the scheduler's sample.
+        kind: what the network predicts: "epsilon", "v_prediction", "sample" or "flow".
+        scale: from the scheduler's sample to the network's input.
+    """
+
+    alpha: float
+    sigma: float
+    kind: str
+    scale: float = 1.0
+
+    def clean(self, output: Tensor, sample: Tensor) -> Tensor:
+        """The clean sample that an output speaks of; both are of the sample's shape."""
+        x = sample * self.scale
+        if self.kind == "epsilon":
+            return (x - self.sigma * output) / self.alpha
+        if self.kind == "v_prediction":
+            return self.alpha * x - self.sigma * output
+        if self.kind == "flow":
+            return x - self.sigma * output
+        return output
+
+    def noise(self, output: Tensor, sample: Tensor) -> Tensor:
+        """The noise that an output speaks of."""
+        x = sample * self.scale
+        if self.kind == "epsilon":
+            return output
+        if self.kind == "v_prediction":
+            return self.alpha * output + self.sigma * x
+        if self.kind == "flow":
+            return x + self.alpha * output
+        return (x - self.alpha * output) / self.sigma
+
+    def output_of_clean(self, clean: Tensor, sample: Tensor) -> Tensor:
+        """The output that speaks of this clean sample."""
+        x = sample * self.scale
+        if self.kind == "epsilon":
+            return (x - self.alpha * clean) / self.sigma
+        if self.kind == "v_prediction":
+            return (self.alpha * x - clean) / self.sigma
+        if self.kind == "flow":
+            return (x - clean) / self.sigma
+        return clean
+
+    def output_of_noise(self, noise: Tensor, sample: Tensor) -> Tensor:
+        """The output that speaks of this noise."""
+        x = sample * self.scale
+        if self.kind == "epsilon":
+            return noise
+        if self.kind == "v_prediction":
+            return (noise - self.sigma * x) / self.alpha
+        if self.kind == "flow":
+            return (noise - x) / self.alpha
+        return (x - self.sigma * noise) / self.alpha
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether samples are `(1 - sigma) * clean + sigma * noise`, with a velocity as output."""
+    config = scheduler.config
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def level(scheduler: Any, step: int, timestep: Any) -> Level:
+    """The noise level at which a step of a scheduler starts.
+
+    Args:
+        step: how many steps were made before it since `set_timesteps`.
+        timestep: what the step is called with.
+
+    Raises:
+        SubjectError: for a scheduler whose levels are written in no way that is known here.
+    """
+    if is_flow(scheduler):
+        sigma = float(scheduler.sigmas[step])
+        return Level(1.0 - sigma, sigma, "flow")
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in _PREDICTIONS:
+        raise SubjectError(
+            f"{type(scheduler).__name__} predicts {kind!r}; known are {', '.join(_PREDICTIONS)}."
+        )
+    name = type(scheduler).__name__
+    if name.startswith(_VARIANCE_EXPLODING):
+        ratio = float(scheduler.sigmas[step])
+        scale = (ratio * ratio + 1.0) ** -0.5
+        return Level(scale, ratio * scale, kind, scale)
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(torch.as_tensor(scheduler.sigmas[step]))
+        return Level(float(alpha), float(sigma), kind)
+    if hasattr(scheduler, "alphas_cumprod"):
+        share = float(scheduler.alphas_cumprod[int(timestep)])
+        return Level(share**0.5, (1.0 - share) ** 0.5, kind)
+    raise SubjectError(
+        f"{name} does not say its noise levels in a way that is known here; use DDIM, DPM-Solver, UniPC, "
+        "Euler or a flow-matching scheduler."
+    )

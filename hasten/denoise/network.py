@@ -1,0 +1,151 @@
+"""One call of a pipeline's network: its inputs by name, and its output as one tensor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import SubjectError
+
+NETWORKS = ("transformer", "transformer_2", "unet")
+"""Where pipelines keep what removes noise; video pipelines may have one for high and one for low noise."""
+
+
+def networks(pipe: Any) -> list[nn.Module]:
+    """The networks that remove noise in a pipeline.
+
+    Raises:
+        SubjectError: where there is none.
+    """
+    found = [getattr(pipe, name, None) for name in NETWORKS]
+    modules = [module for module in found if isinstance(module, nn.Module)]
+    if not modules:
+        raise SubjectError(
+            f"{type(pipe).__name__} has no {' or '.join(NETWORKS)}, so the denoise engine has no network to "
+            "work on; it runs pipelines that denoise step by step."
+        )
+    return modules
+
+
+@cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+class Call:
+    """The arguments of one forward pass, each by its name.
+
+    Attributes:
+        module: the network.
+        kwargs: all arguments by name.
+        branch: which of the step's calls this is: 0 for the first, and so on.
+    """
+
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branch: int = 0
+    ) -> None:
+        kind: Any = type(module)
+        names = _parameters(kind)
+        self.module = module
+        self.kwargs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.branch = branch
+        self._input = names[0]  # sample, hidden_states or x: always the first
+        self._time = next(name for name in names if name in ("timestep", "t"))
+
+    @property
+    def x(self) -> Tensor:
+        """The noisy sample, of any layout, rows first."""
+        x = self.kwargs[self._input]
+        return torch.stack(x) if isinstance(x, list) else x
+
+    @x.setter
+    def x(self, value: Tensor) -> None:
+        listed = isinstance(self.kwargs[self._input], list)
+        self.kwargs[self._input] = list(value.unbind(0)) if listed else value
+
+    @property
+    def timestep(self) -> Any:
+        return self.kwargs[self._time]
+
+    @timestep.setter
+    def timestep(self, value: Any) -> None:
+        self.kwargs[self._time] = value
+
+    @property
+    def rows(self) -> int:
+        """How many samples it holds, both branches of guidance counted."""
+        return len(self.kwargs[self._input])
+
+    def take(self, rows: Tensor) -> Call:
+        """The same call for some of its rows only: whatever has a row for each sample is cut."""
+        kwargs = {
+            name: value if _is_grid(name) else _cut(value, rows, self.rows)
+            for name, value in self.kwargs.items()
+        }
+        return Call(self.module, (), kwargs, self.branch)
+
+
+def _is_grid(name: str) -> bool:
+    """Arguments about places, whose first axis may happen to be as long as the batch."""
+    return name.endswith(("_ids", "_shapes")) or "rotary" in name
+
+
+def _cut(value: Any, rows: Tensor, count: int) -> Any:
+    if isinstance(value, Tensor):
+        whole = value.ndim > 0 and value.shape[0] == count
+        return value.index_select(0, rows.to(value.device)) if whole else value
+    if isinstance(value, dict):
+        return {key: _cut(entry, rows, count) for key, entry in value.items()}
+    if isinstance(value, list) and len(value) == count:
+        return [value[row] for row in rows.tolist()]
+    return value
+
+
+def unpack(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A network's output as a tensor with rows first, and how to give it back as it was."""
+    if isinstance(output, tuple):
+        tensor, pack = unpack(output[0])
+        return tensor, lambda new: (pack(new), *output[1:])
+    if isinstance(output, list):
+        return torch.stack(output), lambda new: list(new.unbind(0))
+    if isinstance(output, Tensor):
+        return output, lambda new: new
+    tensor, pack = unpack(output.sample)
+
+    def rebuild(new: Tensor) -> Any:
+        return type(output)(**{**output, "sample": pack(new)})
+
+    return tensor, rebuild
+
+
+@contextmanager
+def hooked(module: nn.Module, name: str, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put `forward(module, original, args, kwargs)` in the place of a module's own, for a while.
+
+    It goes through Diffusers' hook registry, so it composes with offloading and with the caches of
+    that library. Afterwards the module is as it was: the registry itself leaves traces.
+    """
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Hook(ModelHook):
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(module, self.fn_ref.original_forward, args, kwargs)
+
+    had_registry = hasattr(module, "_diffusers_hook")
+    had_forward = "forward" in module.__dict__
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(Hook(), name)
+    try:
+        yield
+    finally:
+        registry.remove_hook(name, recurse=False)
+        if not had_forward:
+            module.__dict__.pop("forward", None)
+        if not had_registry:
+            module.__dict__.pop("_diffusers_hook", None)

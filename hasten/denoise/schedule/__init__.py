@@ -1,0 +1,1 @@
+"""Which timesteps are walked."""

@@ -1,0 +1,145 @@
+"""The slots of the denoise engine: what a technique may do, and when.
+
+    schedule     which timesteps are walked
+    gate         which network calls run, and what stands for those that do not
+    guider       which branches of the guidance run
+    block        what is reused inside the network
+    attention    which keys a query reads
+    state        what the network is given of the sample
+
+The loop is the pipeline's own. A technique is asked at three points of it: when the scheduler has
+made its timesteps, at each network call, and at each step of the scheduler. A slot's methods get
+`state`, what the technique's own `begin` returned for this call, because technique objects hold
+knobs only. `run` is the call in progress (`hasten.denoise.run.Run`). A state is begun anew when the
+sample's size changes on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hasten.technique import Technique
+
+if TYPE_CHECKING:
+    from hasten.denoise.blocks import AttentionCall, BlockCall
+    from hasten.denoise.network import Call
+    from hasten.denoise.run import Run, Step
+
+
+class DenoiseTechnique(Technique):
+    """A technique of the denoise engine."""
+
+    def check(self, pipe: Any) -> None:
+        """Raise a SubjectError where the pipeline lacks what the technique needs."""
+
+    def begin(self, run: Run, bound: Any) -> Any:
+        """Make this call's state; `bound` is what `bind` returned for the model."""
+        return None
+
+    def finish(self, state: Any, run: Run) -> None:
+        """Called once when the call ends, also when it failed; a place for last counters."""
+
+
+class Schedule(DenoiseTechnique):
+    """Chooses the timesteps."""
+
+    def plan(self, state: Any, run: Run) -> None:
+        """Called when the scheduler has made its timesteps; may give it others (`run.set_grid`)."""
+        raise NotImplementedError
+
+
+class Gate(DenoiseTechnique):
+    """Stands between the network and the solver."""
+
+    def decide(self, state: Any, run: Run, call: Call) -> bool:
+        """Whether the network runs at this step; asked once, at the step's first call.
+
+        All calls of a step follow it, so that the branches of the guidance stay together.
+        """
+        return True
+
+    def predict(self, state: Any, run: Run, call: Call) -> Tensor:
+        """What stands for the output of a call that does not run, in the output's shape."""
+        raise NotImplementedError
+
+    def observe(self, state: Any, run: Run, call: Call, output: Tensor) -> None:
+        """Told the output of each call that ran, as the pipeline gets it."""
+
+    def correct(self, state: Any, run: Run, step: Step) -> Tensor:
+        """The output, after guidance, that the solver is given; `step.output` as it is by default."""
+        return step.output
+
+    def stepped(self, state: Any, run: Run, step: Step) -> None:
+        """Told what the solver made of the step."""
+
+
+class Guider(DenoiseTechnique):
+    """Leaves branches of the guidance out."""
+
+    def both(self, state: Any, run: Run, call: Call) -> bool:
+        """Whether this step runs both branches; the conditional one always runs.
+
+        Asked once a step, and only once it is known which branch is which (`run.guidance`).
+        """
+        raise NotImplementedError
+
+    def compare(
+        self, state: Any, run: Run, conditional: Tensor, unconditional: Tensor, sample: Tensor
+    ) -> None:
+        """Told both branches' outputs after each step that ran both, (samples, ...) each."""
+
+    def missing(self, state: Any, run: Run, conditional: Tensor) -> Tensor:
+        """What stands for the unconditional branch that did not run.
+
+        The conditional one itself by default: then whatever the pipeline makes of both is it.
+        """
+        return conditional
+
+
+class Block(DenoiseTechnique):
+    """Reuses what blocks of the network computed before."""
+
+    sublayers = False  # whether it is asked at each attention and feed-forward layer too
+
+    def block(self, state: Any, run: Run, call: BlockCall) -> Any:
+        """The block's output: `call.compute()`, or something that stands for it."""
+        return call.compute()
+
+    def sublayer(
+        self, state: Any, run: Run, key: tuple[int, str], compute: Callable[[], Any]
+    ) -> Any:
+        """The output of a layer inside a block, before the block's gate; `key` is (block, name)."""
+        return compute()
+
+
+class Attention(DenoiseTechnique):
+    """Chooses what queries read."""
+
+    def attend(self, state: Any, run: Run, call: AttentionCall) -> Tensor:
+        """(batch, heads, length, head_dim) attention over the sample's tokens and the text's.
+
+        `run.layout` says how the sample's tokens lie; `call.dense()` is the network's own.
+        """
+        raise NotImplementedError
+
+
+class State(DenoiseTechnique):
+    """Changes what the network is given, and what the loop goes on with."""
+
+    def feed(self, state: Any, run: Run, call: Call) -> None:
+        """May change the call's inputs before anything else sees it."""
+
+    def receive(self, state: Any, run: Run, call: Call, output: Tensor) -> Tensor:
+        """May change the output, in the shape in which the pipeline expects it."""
+        return output
+
+    def advance(self, state: Any, run: Run, step: Step, solve: Callable[[], Tensor]) -> Tensor:
+        """The sample that the loop goes on with; `solve()` is the scheduler's."""
+        return solve()
+
+    def wrap_blocks(self, state: Any, run: Run, call: BlockCall) -> Any:
+        """As `Block.block`, around any technique of that slot; for tokens that are left out."""
+        return call.compute()

@@ -1,0 +1,1 @@
+"""What the network is given of the sample: sizes, tokens, particles."""

@@ -45,7 +45,7 @@ def test_units() -> None:
 def test_limit_fraction_of_a_row() -> None:
     result = {"baseline": {"tokens_per_second": {"median": 100.0}, "limit_fraction": 0.5}}
     row = {"tokens_per_second": {"median": 150.0}}
-    assert view.limit_tokens_per_second(result) == 200.0
+    assert view.rate_limit(result) == 200.0
     assert view.limit_fraction(result, row) == 0.75
     assert view.limit_fraction(result, {"limit_fraction": 0.6}) == 0.6
     assert view.limit_fraction({}, row) is None

@@ -104,6 +104,9 @@ def bench(
     dtype: str = "auto",
     prompts: list[str] | None = None,
     max_new_tokens: int = 128,
+    steps: int = 50,
+    guidance: float | None = None,
+    pictures: int = 32,
     rounds: int = ROUNDS,
     pairs: bool = False,
     beside: Sequence[str | Plan | Technique] = (),
@@ -124,7 +127,10 @@ def bench(
             each plan the same one where its techniques run on it; or the name of one.
         dtype: of the weights. "auto" takes whichever is faster of float32 and the checkpoint's own,
             so that no weight is rounded for speed; or "float32", "bfloat16", "float16".
-        prompts: texts to time; by default passages of held-out Python source.
+        prompts: texts to time; by default passages of held-out Python source, or captions.
+        max_new_tokens: tokens of each text, of language models.
+        steps, guidance: of the sampler, for Diffusers pipelines; guidance None is the pipeline's own.
+        pictures: how many pictures of a pipeline are compared and judged.
         rounds: timed rounds; fewer than 5 are refused.
         pairs: also measure every pair of the techniques.
         beside: further plans, each on its own, measured in the same turns: rivals to compare with.
@@ -148,8 +154,11 @@ def bench(
     stored = None
     if dtype == "auto" and isinstance(model, str | os.PathLike):
         stored = open_subject(model, dtype="stored")
-    if subject.engine == "masked":
-        return _bench_masked(
+    if subject.engine != "causal":
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if subject.engine == "denoise":
+            options = {"steps": steps, "guidance": guidance, "pictures": pictures}
+        return _bench_other(
             subject,
             stored,
             parsed,
@@ -158,11 +167,11 @@ def bench(
             record=record,
             command=command,
             prompts=prompts,
-            max_new_tokens=max_new_tokens,
             rounds=rounds,
             quality=quality,
             seed=seed,
             tick=tick or (lambda done, total, message: None),
+            **options,
         )
     work = make_workload(
         subject, prompts=prompts, max_new_tokens=max_new_tokens, seed=seed, quality=quality
@@ -179,7 +188,7 @@ def bench(
     return _finished(result, parsed, others, pairs=pairs, record=record, command=command)
 
 
-def _bench_masked(
+def _bench_other(
     subject: Subject,
     stored: Subject | None,
     parsed: Plan,
@@ -191,12 +200,15 @@ def _bench_masked(
     tick: Tick,
     **options: Any,
 ) -> BenchResult:
-    """`bench` for a masked-diffusion model."""
-    from hasten.benchmark.masked import bench_masked
-
+    """`bench` for a masked-diffusion model or a Diffusers pipeline."""
+    measure: Callable[..., dict[str, Any]]
+    if subject.engine == "masked":
+        from hasten.benchmark.masked import bench_masked as measure
+    else:
+        from hasten.benchmark.denoise import bench_denoise as measure
     plans = _distinct(rows_of(parsed), _pairs_of(parsed) if pairs else [], others)
     found = limits(on_tick=tick)
-    result = bench_masked(subject, stored, plans, found, tick=tick, **options)
+    result = measure(subject, stored, plans, found, tick=tick, **options)
     return _finished(result, parsed, others, pairs=pairs, record=record, command=command)
 
 

@@ -14,12 +14,14 @@ from hasten.cli.shared import (
     AsJson,
     Dtype,
     DtypeName,
+    Guidance,
     MaxNewTokens,
     Model,
     Plans,
     Runner,
     RunnerName,
     Seed,
+    Steps,
     Threads,
     at_least,
     check_output,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     "hasten bench code-lm --with plan.toml --report report.html",
     'hasten bench code-lm --with "d2o(budget=0.25)" --beside "random_eviction(budget=0.25)"',
     "hasten bench ./my-model --with prompt_lookup --prompts prompts.txt --json",
+    "hasten bench scenes-dit --with zeus --with adaptive_guidance",
 )
 def bench(
     model: Model,
@@ -64,6 +67,11 @@ def bench(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    pictures: Annotated[
+        int, typer.Option(metavar="N", help="Pictures of a pipeline to compare and judge.")
+    ] = 32,
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Rounds of baseline and candidate in turns, 5 or more.")
     ] = 9,
@@ -92,7 +100,7 @@ def bench(
     """
     from hasten.measure.clock import MIN_ROUNDS
 
-    at_least(1, max_new_tokens=max_new_tokens, threads=threads)
+    at_least(1, max_new_tokens=max_new_tokens, threads=threads, steps=steps, pictures=pictures)
     at_least(MIN_ROUNDS, rounds=rounds)
     check_seed(seed)
     if report is not None:
@@ -112,6 +120,9 @@ def bench(
                 dtype=dtype.value,
                 prompts=texts or None,
                 max_new_tokens=max_new_tokens,
+                steps=steps,
+                guidance=guidance,
+                pictures=pictures,
                 rounds=rounds,
                 pairs=pairs,
                 beside=plan_texts(beside or []),

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli.painting import paint
 from hasten.cli.shared import (
     AsJson,
     Dtype,
     DtypeName,
+    Guidance,
     MaxNewTokens,
     Model,
     Plans,
     Runner,
     RunnerName,
     Seed,
+    Steps,
     Threads,
     at_least,
     check_seed,
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     'hasten generate code-lm --with medusa --prompt "import os" --max-new-tokens 64',
     'hasten generate code-lm --prompt "class Stack:" --temperature 0.8 --top-p 0.95 --seed 1',
     "hasten generate code-lm --with prompt_lookup --prompt - --json < prompt.txt",
+    "hasten generate code-dlm --with freedave --prompt 'def main():' --block-length 32",
+    "hasten generate scenes-dit --with zeus --prompt 'a red circle' --output circle.png",
 )
 def generate(
     model: Model,
@@ -76,15 +81,31 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop after this text. Repeatable.")
     ] = None,
+    block_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a block, for models that fill masks."),
+    ] = None,
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where a pipeline's picture goes: .png, or .gif of a clip."
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with a plan at work; the text streams to standard output as it comes."""
+    """Continue a prompt with a plan at work, or make a picture of it.
+
+    Text streams to standard output as it comes.
+    """
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise HastenError("The prompt is empty; give some text to continue.")
     if not all(stop or ()):
         raise HastenError("--stop is empty; give the text to stop after.")
+    at_least(1, steps=steps, block_length=block_length)
     check_seed(seed)
     settings = _sampling(temperature, top_k, top_p)
     with only_json(as_json):
@@ -94,7 +115,20 @@ def generate(
 
         import hasten
 
-        subject, tokenizer = _with_tokenizer(model, dtype.value)
+        subject = hasten.open_subject(model, dtype=dtype.value)
+        if subject.engine == "denoise":
+            chosen = plan_texts(plans)
+            paint(subject, chosen, text, output, as_json, steps=steps, guidance=guidance, seed=seed)
+            return
+        if output is not None:
+            raise HastenError(f"--output is for pictures, and {subject.name} writes text.")
+        tokenizer = _tokenizer_of(subject)
+        if subject.engine == "masked":
+            settings["block_length"] = block_length
+        elif block_length is not None:
+            raise HastenError(
+                f"--block-length is for models that fill masks; {subject.name} reads left to right."
+            )
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         # For one call a compiler's start-up costs more than it gains, so auto is eager here.
         name = RunnerName.EAGER if runner is RunnerName.AUTO else runner
@@ -147,15 +181,12 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dic
     return {"do_sample": False}
 
 
-def _with_tokenizer(model: str, dtype: str = "auto") -> tuple[Subject, PreTrainedTokenizerBase]:
-    from hasten.subject import open_subject
-
-    subject = open_subject(model, dtype=dtype)
+def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
     if subject.tokenizer is None:
         raise HastenError(
-            f"{model} has no tokenizer, and this verb works on text; add its tokenizer files."
+            f"{subject.name} has no tokenizer, and this verb works on text; add its tokenizer files."
         )
-    return subject, subject.tokenizer
+    return subject.tokenizer
 
 
 @verb(
@@ -199,7 +230,9 @@ def prepare(
         import hasten
         from hasten.parts import default_path
 
-        subject, _ = _with_tokenizer(model)
+        subject = hasten.open_subject(model)
+        if subject.engine != "denoise":
+            _tokenizer_of(subject)
         with progress(as_json) as tick:
             made = hasten.prepare(subject, plan, texts=documents, steps=steps, seed=seed, tick=tick)
         rows = [

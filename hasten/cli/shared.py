@@ -101,6 +101,14 @@ Threads = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="New tokens at most for each prompt.")]
 
+Steps = Annotated[
+    int, typer.Option(metavar="N", help="Steps of the sampler, for Diffusers pipelines.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Guidance scale of a pipeline. Default: the pipeline's own."),
+]
+
 
 class RunnerName(StrEnum):
     """Runners by name; `auto` takes the fastest that carries the plan."""

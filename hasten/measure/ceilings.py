@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from hasten.measure.limits import Limits
 
-Term = Literal["passes", "weight_bytes", "cache_bytes", "prefill", "none"]
+Term = Literal[
+    "passes",
+    "weight_bytes",
+    "cache_bytes",
+    "prefill",
+    "calls",
+    "guidance",
+    "blocks",
+    "attention",
+    "tokens",
+    "none",
+]
 Label = Literal["modelled", "measured"]
 
 _WORDS: dict[Term, str] = {
@@ -21,6 +32,11 @@ _WORDS: dict[Term, str] = {
     "weight_bytes": "reading weights",
     "cache_bytes": "reading the KV cache",
     "prefill": "the prompt",
+    "calls": "calls of the network",
+    "guidance": "the unconditional branch of the guidance",
+    "blocks": "transformer blocks",
+    "attention": "attention among the sample's tokens",
+    "tokens": "the network's work on tokens",
     "none": "nothing",
 }
 

@@ -84,7 +84,7 @@ def ratio_plot(result: Mapping[str, Any]) -> str:
 
 def throughput_plot(result: Mapping[str, Any]) -> str:
     """Tokens per second (measured) beside the machine's limit for plain decoding (modelled)."""
-    return _both(_draw_throughput, result, "speed", "Tokens per second beside the limit")
+    return _both(_draw_throughput, result, "speed", "Output per second beside the limit")
 
 
 def quality_plot(result: Mapping[str, Any]) -> str:
@@ -262,28 +262,28 @@ def _draw_throughput(result: Any, width: float) -> Figure | None:
     entries: list[tuple[str, Any, str]] = []
     baseline = view.look(result, "baseline")
     naive = view.look(baseline, "naive")
-    if number(naive, "tokens_per_second", "median"):
+    if view.output_rate(naive):
         entries.append((f"naive: {text(naive, 'runner')}", naive, MUTED))
-    if number(baseline, "tokens_per_second", "median"):
+    if view.output_rate(baseline):
         entries.append((f"baseline: {text(baseline, 'runner')}", baseline, INK))
     for row in view.rows(result):
-        if number(row, "tokens_per_second", "median"):
+        if view.output_rate(row):
             entries.append((view.plan_name(row), row, ACCENT))
-    limit = view.limit_tokens_per_second(result)
+    limit = view.rate_limit(result)
     return _bars(
         [(name, _rate_spread(item), colour) for name, item, colour in entries],
         width,
         view.plain_number,
-        "tokens per second, measured",
+        f"{view.RATES[view.rate_key(result)][0]}, measured",
         limit,
     )
 
 
 def _rate_spread(item: Any) -> tuple[float, float | None, float | None]:
     return (
-        number(item, "tokens_per_second", "median") or 0.0,
-        number(item, "tokens_per_second", "iqr", 0),
-        number(item, "tokens_per_second", "iqr", 1),
+        view.output_rate(item) or 0.0,
+        view.output_rate(item, "iqr", 0),
+        view.output_rate(item, "iqr", 1),
     )
 
 
@@ -357,8 +357,10 @@ def _draw_quality(result: Any, width: float) -> Figure | None:
         quality, ratio = view.main_quality(row), number(row, "ratio", "median")
         if quality is not None and ratio:
             points.append((row, ratio, quality))
-    if not points:
-        return None
+    units = {quality.unit for _, _, quality in points if quality.recovery is None}
+    if not points or len(units) > 1 or (units and any(q.recovery for _, _, q in points)):
+        return None  # nothing, or nothing that could share an axis
+    unit = units.pop() if units else ""
     narrow = width < 5
     height = max(3.4, 0.42 * len(points) + 1.2)
     figure, axes = _figure(width, height)
@@ -371,12 +373,13 @@ def _draw_quality(result: Any, width: float) -> Figure | None:
     )
     axes.spines["left"].set_visible(True)
     axes.grid(axis="both")
-    axes.axhline(1.0, color=INK, linewidth=1.0)
+    if not unit:
+        axes.axhline(1.0, color=INK, linewidth=1.0)
     axes.axvline(1.0, color=INK, linewidth=1.0)
     for row, ratio, quality in points:
         colour = VERDICT_COLOURS.get(text(row, "verdict"), ACCENT)
         low, high = number(row, "ratio", "low"), number(row, "ratio", "high")
-        kept = quality.recovery or 0.0
+        kept = quality.figure
         if low is not None and high is not None:
             axes.plot([low, high], [kept, kept], color=colour, linewidth=1.6, alpha=0.6)
         if quality.low is not None and quality.high is not None:
@@ -386,14 +389,14 @@ def _draw_quality(result: Any, width: float) -> Figure | None:
         axes.plot([ratio], [kept], "o", color=colour, markersize=7, markeredgecolor=PAPER)
     axes.margins(x=0.08, y=0.1)
     bottom, top = axes.get_ylim()
-    order = sorted(points, key=lambda point: -(point[2].recovery or 0.0))
+    order = sorted(points, key=lambda point: -point[2].figure)
     step = (top - bottom) / max(len(order), 6)
-    wanted = [point[2].recovery or 0.0 for point in order]
+    wanted = [point[2].figure for point in order]
     for (row, ratio, quality), y in zip(order, _apart(wanted, step, bottom, top), strict=True):
         colour = VERDICT_COLOURS.get(text(row, "verdict"), ACCENT)
         axes.annotate(
             _wrapped(view.plan_name(row), 19 if narrow else 36, most=2),
-            xy=(ratio, quality.recovery or 0.0),
+            xy=(ratio, quality.figure),
             xycoords="data",
             xytext=(1.03, y),
             textcoords=("axes fraction", "data"),
@@ -412,11 +415,15 @@ def _draw_quality(result: Any, width: float) -> Figure | None:
         )
     metrics = sorted({quality.name for _, _, quality in points})
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    if not unit:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.tick_params(axis="y", labelcolor=MUTED, length=0)
     axes.tick_params(axis="x", length=0)
     axes.set_xlabel("speed ratio, measured")
-    axes.set_ylabel(f"{' or '.join(metrics)} kept, measured" if not narrow else "quality kept")
+    kept_words = f"in {unit}" if unit else "kept"
+    axes.set_ylabel(
+        f"quality {kept_words}" if narrow else f"{' or '.join(metrics)} {kept_words}, measured"
+    )
     return figure
 
 

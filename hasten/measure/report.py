@@ -123,7 +123,8 @@ def headline(result: Mapping[str, Any]) -> str:
 def _tiles(result: Mapping[str, Any]) -> str:
     rows = view.rows(result)
     faster = sum(text(row, "verdict") == "faster" for row in rows)
-    speed = number(result, "baseline", "tokens_per_second", "median")
+    speed = view.output_rate(view.look(result, "baseline"))
+    unit = view.RATES[view.rate_key(result)][1]
     proofs = [view.look(row, "proof", "passed") for row in rows]
     tiles = [
         (f"{faster} of {len(rows)}", f"plans faster, {MEASURED}"),
@@ -133,7 +134,7 @@ def _tiles(result: Mapping[str, Any]) -> str:
         ),
         (
             view.plain_number(speed),
-            f"baseline tokens/s, {MEASURED} ({text(result, 'baseline', 'runner')})",
+            f"baseline {unit}, {MEASURED} ({text(result, 'baseline', 'runner')})",
         ),
         (
             view.percent(number(result, "baseline", "limit_fraction")),
@@ -203,7 +204,7 @@ def _results(result: Mapping[str, Any]) -> str:
     columns = [
         _Column("plan", whole=True),
         _Column("speed ratio", MEASURED, numbers=True),
-        _Column("tokens/s", MEASURED, numbers=True),
+        _Column(view.RATES[view.rate_key(result)][1], MEASURED, numbers=True),
         _Column("of limit", MODELLED, numbers=True),
         *(_Column("ceiling, reached", label, numbers=True) for label in labels),
         _Column("class"),
@@ -247,7 +248,7 @@ def _results(result: Mapping[str, Any]) -> str:
     note = (
         "Baseline and plans took turns in one process. Ratios are compared round by round; small "
         f"print gives the {view.coverage(rows)} interval of the median ratio, the quartiles of "
-        "tokens/s, and the share of the possible saving of time that was reached (below zero: "
+        "the output rate, and the share of the possible saving of time that was reached (below zero: "
         "slower than before)."
     )
     return _section("Results", note, _table(columns, cells)) if cells else ""
@@ -528,9 +529,8 @@ def _ratio(row: Any) -> str:
 
 
 def _rate(row: Any) -> str:
-    low = number(row, "tokens_per_second", "iqr", 0)
-    high = number(row, "tokens_per_second", "iqr", 1)
-    words = view.plain_number(number(row, "tokens_per_second", "median"))
+    low, high = view.output_rate(row, "iqr", 0), view.output_rate(row, "iqr", 1)
+    words = view.plain_number(view.output_rate(row))
     if low is None or high is None:
         return words
     return words + _sub(f"{view.plain_number(low)}{DASH}{view.plain_number(high)}")
@@ -558,7 +558,5 @@ def _kept(row: Any) -> str:
     quality = view.main_quality(row)
     if quality is None:
         return DASH
-    words = view.recovery_words(quality.recovery)
-    if quality.low is not None and quality.high is not None:
-        words += _sub(view.span(100 * quality.low, 100 * quality.high, decimals=1))
+    words = quality.words + (_sub(quality.interval) if quality.interval else "")
     return words + _sub(quality.name)

@@ -34,7 +34,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         table.padding = 0
     table.add_column("plan", overflow="fold", min_width=10 if crowded else 12)
     _numbers(table, "speed\nratio", MEASURED)
-    _numbers(table, "tokens/s", MEASURED)
+    _numbers(table, view.RATES[view.rate_key(result)][1], MEASURED)
     _numbers(table, "of limit", MODELLED)
     for label in labels:
         _numbers(table, "ceiling,\nreached", label)
@@ -256,9 +256,8 @@ def _ratio(row: Any) -> Text:
 
 
 def _speed(row: Any) -> Text:
-    words = Text(view.plain_number(number(row, "tokens_per_second", "median")))
-    low = number(row, "tokens_per_second", "iqr", 0)
-    high = number(row, "tokens_per_second", "iqr", 1)
+    words = Text(view.plain_number(view.output_rate(row)))
+    low, high = view.output_rate(row, "iqr", 0), view.output_rate(row, "iqr", 1)
     if low is not None and high is not None:
         words.append(f"\n{view.plain_number(low)}{DASH}{view.plain_number(high)}", style="dim")
     return words
@@ -281,8 +280,7 @@ def _quality(row: Any) -> Text:
     if quality is None:
         return Text(DASH)
     words = Text(f"{quality.name}\n", style="dim")
-    words.append(view.recovery_words(quality.recovery), style="not dim")
-    if quality.low is not None and quality.high is not None:
-        interval = view.span(100 * quality.low, 100 * quality.high, decimals=1)
-        words.append(f"\n{interval}", style="dim")
+    words.append(quality.words, style="not dim")
+    if quality.interval:
+        words.append(f"\n{quality.interval}", style="dim")
     return words

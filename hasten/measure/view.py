@@ -18,7 +18,23 @@ MEASURED, MODELLED, CITED = "measured", "modelled", "cited"
 VERDICTS = ("faster", "no gain", "inactive", "broken")
 
 # The first of these that a row has stands for its quality where there is room for one only.
-QUALITY_ORDER = ("perplexity", "bits_per_byte", "retrieval", "parse")
+QUALITY_ORDER = (
+    "perplexity",
+    "bits_per_byte",
+    "retrieval",
+    "parse",
+    "psnr",
+    "attributes",
+    "ssim",
+    "perceptual",
+    "frechet",
+)
+
+# What an output rate is called in a result, and its units in long and short.
+RATES = {
+    "tokens_per_second": ("tokens per second", "tokens/s"),
+    "images_per_second": ("pictures per second", "pictures/s"),
+}
 
 
 def look(value: Any, *path: str | int) -> Any:
@@ -150,9 +166,21 @@ def is_preliminary(result: Any) -> bool:
     return bool(look(result, "quick")) or any(n is not None and n < 5 for n in rounds)
 
 
-def limit_tokens_per_second(result: Any) -> float | None:
-    """The machine's limit for plain decoding in tokens/s (modelled): baseline over its share."""
-    speed = number(result, "baseline", "tokens_per_second", "median")
+def rate_key(result: Any) -> str:
+    """Which output rate a result states."""
+    baseline = look(result, "baseline")
+    return next((key for key in RATES if look(baseline, key)), "tokens_per_second")
+
+
+def output_rate(item: Any, *path: str | int) -> float | None:
+    """An output rate of a row or a baseline: its median, or what stands at `path`."""
+    found = (number(item, key, *(path or ("median",))) for key in RATES)
+    return next((value for value in found if value is not None), None)
+
+
+def rate_limit(result: Any) -> float | None:
+    """The machine's limit for the plain model's output rate (modelled): baseline over its share."""
+    speed = output_rate(look(result, "baseline"))
     share = number(result, "baseline", "limit_fraction")
     return speed / share if speed is not None and share else None
 
@@ -162,7 +190,7 @@ def limit_fraction(result: Any, row: Any) -> float | None:
     stated = number(row, "limit_fraction")
     if stated is not None:
         return stated
-    speed, limit = number(row, "tokens_per_second", "median"), limit_tokens_per_second(result)
+    speed, limit = output_rate(row), rate_limit(result)
     return speed / limit if speed is not None and limit else None
 
 
@@ -182,6 +210,28 @@ class Quality:
     low: float | None
     high: float | None
     remarks: str
+    unit: str = ""
+
+    @property
+    def figure(self) -> float:
+        """The share that is kept, or the value where it has a unit of its own."""
+        return (self.value if self.recovery is None else self.recovery) or 0.0
+
+    @property
+    def words(self) -> str:
+        """What is kept of the original, or the value with its unit where that is what is said."""
+        if self.recovery is None and self.unit:
+            return f"{plain_number(self.value)} {self.unit}"
+        return recovery_words(self.recovery)
+
+    @property
+    def interval(self) -> str:
+        """The interval of what `words` says; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        if self.recovery is None and self.unit:
+            return span(self.low, self.high, decimals=1)
+        return span(100 * self.low, 100 * self.high, decimals=1)
 
     @property
     def name(self) -> str:
@@ -200,8 +250,8 @@ def qualities(row: Any) -> list[Quality]:
 
 
 def main_quality(row: Any) -> Quality | None:
-    """The figure that stands for a row's quality: the first with a recovery."""
-    return next((item for item in qualities(row) if item.recovery is not None), None)
+    """The figure that stands for a row's quality: the first with a recovery or a unit of its own."""
+    return next((q for q in qualities(row) if q.recovery is not None or q.unit), None)
 
 
 def _quality(metric: str, found: Any) -> Quality:
@@ -210,7 +260,7 @@ def _quality(metric: str, found: Any) -> Quality:
     value = number(found, "value")
     if value is None:
         value = number(found, "share")
-    known = {"value", "share", "original", "recovery", "interval", "num_units"}
+    known = {"value", "share", "original", "recovery", "interval", "num_units", "unit"}
     remarks = [f"{key.replace('_', ' ')}: {text(found, key)}" for key in found if key not in known]
     units = number(found, "num_units")
     if units is not None:
@@ -223,6 +273,7 @@ def _quality(metric: str, found: Any) -> Quality:
         low=number(found, "interval", 0),
         high=number(found, "interval", 1),
         remarks=", ".join(remarks),
+        unit=str(look(found, "unit") or "") if "recovery" not in found else "",
     )
 
 

@@ -130,9 +130,9 @@ def draw(seed: int, *, num_objects: int | None = None, frames: int = 1) -> Scene
                 return scene
 
 
-def draw_many(num: int, seed: int, *, frames: int = 1) -> list[Scene]:
-    """`num` scenes; runs of other seeds share none with them."""
-    return [draw((seed << 32) + i, frames=frames) for i in range(num)]
+def draw_many(num: int, seed: int, *, start: int = 0, frames: int = 1) -> list[Scene]:
+    """Scenes number `start` to `start + num - 1` of a seed; different seeds share none."""
+    return [draw((seed << 32) + start + i, frames=frames) for i in range(num)]
 
 
 _Look = tuple[str, str, str, str, float]

@@ -1,0 +1,117 @@
+"""Which shares of a pipeline's time are its network, its blocks, its attention and its guidance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hasten.denoise.blocks import AttentionCall, BlockCall
+from hasten.denoise.engine import DenoiseModel
+from hasten.denoise.run import Run, Slots
+from hasten.denoise.slots import Attention, Block, Guider
+from hasten.technique import Card, Contract, Loss
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of one call's time, each between 0 and 1; and its work.
+
+    Attributes:
+        calls: the network.
+        guidance: the network's unconditional branch.
+        blocks: transformer blocks.
+        attention: attention over the sample's own tokens, without its projections.
+        flops: floating-point operations of the whole call.
+        num_calls: network calls.
+    """
+
+    calls: float
+    guidance: float
+    blocks: float
+    attention: float
+    flops: float
+    num_calls: int
+
+    def of(self, term: str) -> float:
+        """The share of a ceiling's term."""
+        return {"tokens": self.calls}.get(term) or float(getattr(self, term))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.blocks = self.attention = 0.0
+        self.guided = False
+
+
+class _Probe(Block, Attention, Guider):
+    """Changes nothing; watches the clock."""
+
+    card: ClassVar[Card] = Card(title="probe", family="", loss=Loss.EXACT)
+    contract: ClassVar[Contract] = Contract(slots=())
+    name: ClassVar[str] = "probe"
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def block(self, state: Any, run: Run, call: BlockCall) -> Any:
+        start = time.perf_counter()
+        output = call.compute()
+        self.watch.blocks += time.perf_counter() - start
+        return output
+
+    def attend(self, state: Any, run: Run, call: AttentionCall) -> Tensor:
+        start = time.perf_counter()
+        output = call.dense()
+        self.watch.attention += time.perf_counter() - start
+        return output
+
+    def both(self, state: Any, run: Run, call: Any) -> bool:
+        self.watch.guided = True
+        return True
+
+
+def measure_shares(model: DenoiseModel, call: Callable[[DenoiseModel], Any]) -> Shares:
+    """Measure one call of a pipeline with an empty plan.
+
+    Three calls: one to time the network, one with clocks inside it, one to count operations.
+    """
+    call(model)
+    network = model.network_seconds / model.seconds
+    num_calls = int(model.activity["calls"])
+    watch = _Watch()
+    probe = _Probe(watch)
+    slots = Slots(block=(probe, None), attention=(probe, None), guider=(probe, None))
+    watched = _Watched(model, slots)
+    call(watched)
+    # Clocks cost time themselves, so the shares are of the network as it ran with them.
+    inside = watched.network_seconds
+    with FlopCounterMode(display=False) as counter:
+        call(model)
+    return Shares(
+        calls=network,
+        guidance=network / 2 if watch.guided else 0.0,
+        blocks=network * watch.blocks / inside,
+        attention=network * watch.attention / inside,
+        flops=float(counter.get_total_flops()),
+        num_calls=num_calls,
+    )
+
+
+class _Watched(DenoiseModel):
+    """The same pipeline with given slots."""
+
+    def __init__(self, model: DenoiseModel, slots: Slots) -> None:
+        super().__init__(model.subject, model.plan, exclusive=False)
+        self._given = slots
+
+    def _slots(self) -> Slots:
+        return getattr(self, "_given", None) or super()._slots()

@@ -156,6 +156,24 @@ _CALLS: dict[str, dict[str, Any]] = {
     "wan": _CLIP,
     "cogvideox": {**_CLIP, "height": 8, "width": 8},
     "ltx": {**_CLIP, "height": 32, "width": 32, "num_frames": 9},
+    "auraflow": _SHORT,
+    "chroma": _SHORT,
+    "flux2": {"negative_prompt": ..., "text_encoder_out_layers": (1, 2), **_SHORT},
+    "qwenimage": {"true_cfg_scale": 3.0, "guidance_scale": ..., **_SHORT},
+    "z_image": _SHORT,
+    "lumina2": _SHORT,
+    "hunyuandit": {"use_resolution_binning": False},
+    "latte": {**_NO_SIZE, "video_length": 4, "clean_caption": False},
+    "mochi": {**_CLIP, "num_frames": 7},
+    "hunyuan_video": {"prompt_template": {"template": "{}", "crop_start": 0}, **_CLIP},
+    "allegro": {**_CLIP, "num_frames": 8, "clean_caption": False},
+    "ddpm": {
+        "prompt": ...,
+        "negative_prompt": ...,
+        **_NO_SIZE,
+        "guidance_scale": ...,
+        "output_type": "np",
+    },
 }
 
 
@@ -206,19 +224,27 @@ def _clip(*, projection: bool = False, width: int = WIDTH) -> nn.Module:
     return kind(config)
 
 
-def _language(kind: str) -> nn.Module:
-    """The decoder of a language model, which reads prompts for some pipelines."""
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=128,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        pad_token_id=0,
-    )
-    return getattr(transformers, f"{kind}Model")(config)
+_LANGUAGE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def _language(kind: str, *, head: bool = False) -> nn.Module:
+    """A language model, which reads prompts for some pipelines."""
+    config = getattr(transformers, f"{kind}Config")(**_LANGUAGE, head_dim=16)
+    return getattr(transformers, f"{kind}ForCausalLM" if head else f"{kind}Model")(config)
+
+
+def _chat_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
 
 
 def _flow(**settings: Any) -> Any:
@@ -556,4 +582,334 @@ def _ltx() -> Components:
         "scheduler": _flow(),
         "text_encoder": _t5(),
         "tokenizer": _t5_tokenizer(),
+    }
+
+
+# ------------------------------------------------------------------------------------- and others
+@family("auraflow", "AuraFlowPipeline")
+def _auraflow() -> Components:
+    return {
+        "transformer": diffusers.AuraFlowTransformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=2,
+            num_single_dit_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=WIDTH,
+            pos_embed_max_size=64,
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        "text_encoder": _t5(kind="UMT5"),
+        "tokenizer": _t5_tokenizer(),
+    }
+
+
+@family("chroma", "ChromaPipeline")
+def _chroma() -> Components:
+    return {
+        "transformer": diffusers.ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=32,
+            approximator_layers=1,
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        "text_encoder": _t5(),
+        "tokenizer": _t5_tokenizer(),
+    }
+
+
+@family("flux2", "Flux2KleinPipeline")
+def _flux2() -> Components:
+    return {
+        "transformer": diffusers.Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=2 * WIDTH,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        "scheduler": _flow(),
+        "vae": diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(8,),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        "text_encoder": _language("Qwen3", head=True),
+        "tokenizer": _chat_tokenizer(),
+    }
+
+
+@family("qwenimage", "QwenImagePipeline")
+def _qwenimage() -> Components:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_LANGUAGE, "rope_parameters": rope},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+        },
+    )
+    return {
+        "transformer": diffusers.QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        "scheduler": _flow(),
+        "vae": diffusers.AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(config),
+        "tokenizer": tiny_tokenizer(),
+    }
+
+
+@family("z_image", "ZImagePipeline")
+def _z_image() -> Components:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(token)  # made without a value
+    return {
+        "transformer": transformer,
+        "scheduler": _flow(),
+        "vae": _vae(),
+        "text_encoder": _language("Qwen3"),
+        "tokenizer": _chat_tokenizer(),
+    }
+
+
+@family("lumina2", "Lumina2Pipeline")
+def _lumina2() -> Components:
+    return {
+        "transformer": diffusers.Lumina2Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=3,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(8, 4, 4),
+            cap_feat_dim=WIDTH,
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        "text_encoder": _language("Gemma2"),
+        "tokenizer": tiny_tokenizer(),
+    }
+
+
+@family("hunyuandit", "HunyuanDiTPipeline")
+def _hunyuandit() -> Components:
+    bert = transformers.BertConfig(
+        vocab_size=128,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    return {
+        "transformer": diffusers.HunyuanDiT2DModel(
+            sample_size=16,
+            num_layers=4,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            in_channels=4,
+            cross_attention_dim=WIDTH,
+            cross_attention_dim_t5=WIDTH,
+            pooled_projection_dim=16,
+            hidden_size=24,
+        ),
+        "scheduler": diffusers.DDPMScheduler(prediction_type="v_prediction"),
+        "vae": _vae(),
+        "text_encoder": transformers.BertModel(bert),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder_2": _t5(),
+        "tokenizer_2": _t5_tokenizer(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+@family("latte", "LattePipeline")
+def _latte() -> Components:
+    return {
+        "transformer": diffusers.LatteTransformer3DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            caption_channels=WIDTH,
+            in_channels=4,
+            cross_attention_dim=24,
+            out_channels=8,
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            video_length=4,
+        ),
+        "scheduler": diffusers.DDIMScheduler(),
+        "vae": _vae(),
+        "text_encoder": _t5(),
+        "tokenizer": _t5_tokenizer(),
+    }
+
+
+@family("mochi", "MochiPipeline")
+def _mochi() -> Components:
+    return {
+        "transformer": diffusers.MochiTransformer3DModel(
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=3,
+            pooled_projection_dim=16,
+            in_channels=12,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            max_sequence_length=16,
+        ),
+        "scheduler": _flow(),
+        "vae": diffusers.AutoencoderKLMochi(
+            latent_channels=12,
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        "text_encoder": _t5(),
+        "tokenizer": _t5_tokenizer(),
+    }
+
+
+@family("hunyuan_video", "HunyuanVideoPipeline")
+def _hunyuan_video() -> Components:
+    blocks = ("HunyuanVideoDownBlock3D",) * 4, ("HunyuanVideoUpBlock3D",) * 4
+    return {
+        "transformer": diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        "scheduler": _flow(),
+        "vae": diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            down_block_types=blocks[0],
+            up_block_types=blocks[1],
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        "text_encoder": _language("Llama"),
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder_2": _clip(),
+        "tokenizer_2": _clip_tokenizer(),
+    }
+
+
+@family("allegro", "AllegroPipeline")
+def _allegro() -> Components:
+    return {
+        "transformer": diffusers.AllegroTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            cross_attention_dim=24,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=8,
+            caption_channels=WIDTH,
+        ),
+        "vae": diffusers.AutoencoderKLAllegro(
+            down_block_types=("AllegroDownBlock3D",) * 4,
+            up_block_types=("AllegroUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        ),
+        "scheduler": diffusers.EulerAncestralDiscreteScheduler(),
+        "text_encoder": _t5(),
+        "tokenizer": _t5_tokenizer(),
+    }
+
+
+@family("ddpm", "DDPMPipeline")
+def _ddpm() -> Components:
+    return {
+        "unet": diffusers.UNet2DModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+        ),
+        "scheduler": diffusers.DDPMScheduler(),
     }

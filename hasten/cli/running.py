@@ -277,6 +277,7 @@ def _documents(patterns: Sequence[str] | None) -> list[str]:
     "hasten train code-lm-tiny --output my-model",
     "hasten train code-lm --output my-model --threads 2",
     "hasten train code-lm --output my-model --resume",
+    'hasten train code-dlm --with "repr_align(weight=0)" --output plain-conversion',
 )
 def train(
     recipe: Annotated[
@@ -289,6 +290,14 @@ def train(
     max_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", help="Cut the run short; the schedule shrinks with it."),
+    ] = None,
+    plans: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="PLAN",
+            help="Techniques of training in the place of the recipe's own. Repeatable.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
@@ -315,6 +324,7 @@ def train(
             seed=seed,
             resume=resume,
             quiet=as_json,
+            plan=", ".join(plan_texts(plans)) if plans else None,
         )
     if as_json:
         print_json({"path": folder, "card": card})

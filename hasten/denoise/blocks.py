@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -12,12 +16,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hasten.denoise.network import hooked
+from hasten.denoise.slots import Block, State
 
 if TYPE_CHECKING:
     from hasten.denoise.run import Run
 
 NAME = "hasten_inside"
-LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+LISTS = (
+    "transformer_blocks",
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "double_blocks",
+    "visual_transformer_blocks",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+    "blocks",
+    "layers",
+)
 """What networks call their lists of blocks, in the order in which they run."""
 
 
@@ -135,6 +150,7 @@ class AttentionCall:
         return F.scaled_dot_product_attention(**self.arguments)
 
 
+@cache
 def _places(kind: type[nn.Module]) -> tuple[int, int | None]:
     """Where a block's output holds the sample's tokens and the text's, as Diffusers registers it."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -142,12 +158,22 @@ def _places(kind: type[nn.Module]) -> tuple[int, int | None]:
     try:
         known = TransformerBlockRegistry.get(kind)
     except ValueError:
-        return _UNREGISTERED.get(kind.__name__, (0, None))
+        return _places_by_name(kind)
     return known.return_hidden_states_index, known.return_encoder_hidden_states_index
 
 
-# Blocks that Diffusers does not register and that return the text's tokens first.
-_UNREGISTERED: dict[str, tuple[int, int | None]] = {"AuraFlowJointTransformerBlock": (1, 0)}
+def _places_by_name(kind: type[nn.Module]) -> tuple[int, int | None]:
+    """The same for a block that Diffusers does not register, by the names that it returns."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):  # made without a file
+        return 0, None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            names = [entry.id if isinstance(entry, ast.Name) else "" for entry in node.value.elts]
+            if len(names) == 2 and {"hidden_states", "encoder_hidden_states"} == set(names):
+                return names.index("hidden_states"), names.index("encoder_hidden_states")
+    return 0, None
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -163,7 +189,8 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def sublayers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The attention and feed-forward layers of a block."""
     for name, module in block.named_children():
-        if is_attention(module) or type(module).__name__.endswith(("FeedForward", "MLP", "Mlp")):
+        kind = type(module).__name__
+        if is_attention(module) or name == "ff" or kind.endswith(("FeedForward", "MLP", "Mlp")):
             yield name, module
 
 
@@ -193,10 +220,17 @@ class Inside:
                 found = [m for m in self.module.modules() if is_attention(m) and _reads_itself(m)]
                 for index, layer in enumerate(found):
                     stack.enter_context(hooked(layer, NAME + "_attention", self._attention(index)))
-            if slots.block is not None or slots.state is not None:
+            if self._wraps_blocks():
                 for index, block in enumerate(self.blocks):
                     stack.enter_context(hooked(block, NAME, self._block(index)))
             yield
+
+    def _wraps_blocks(self) -> bool:
+        """Whether a technique of the plan does anything at a block."""
+        block, state = self.run.slots.block, self.run.slots.state
+        return (block is not None and type(block[0]).block is not Block.block) or (
+            state is not None and type(state[0]).wrap_blocks is not State.wrap_blocks
+        )
 
     def _block(self, index: int) -> Callable[..., Any]:
         run, count = self.run, len(self.blocks)

@@ -84,6 +84,7 @@ class DenoiseModel:
         _check_steps(kwargs)
         try:
             with run.attached():
+                args, kwargs = run.asked(args, kwargs)
                 return self.pipe(*args, **kwargs)
         finally:
             self.seconds = time.perf_counter() - start

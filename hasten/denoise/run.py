@@ -92,7 +92,10 @@ class Run:
         pipe, scheduler: the pipeline and its scheduler.
         index: steps made so far; it is the number of the step in hand.
         num_steps: how many steps there will be.
+        first: how many of the scheduler's timesteps the pipeline leaves out at the start, as
+            pipelines that begin with a picture do; known from the first step on.
         calls: network calls of the step in hand.
+        computed: (rows, ...) outputs of the calls of the last step that ran, as the pipeline got them.
         running: whether the network runs at this step.
         guidance: how the pipeline combines its branches, once that is known.
         layout: which tokens are the sample's, while the network runs.
@@ -106,7 +109,9 @@ class Run:
         self.slots = slots
         self.index = 0
         self.num_steps = 0
+        self.first = 0
         self.calls = 0
+        self.computed: list[Tensor] = []
         self.running = True
         self.both = True
         self.guidance: Guidance | None = None
@@ -116,7 +121,6 @@ class Run:
         self.seconds = 0.0
         self.trace: list[Step] | None = None  # every step, where someone asks
         self._shape: torch.Size | None = None
-        self._outputs: list[Tensor] = []
         self._call: Call | None = None
 
     # -- what techniques read ----------------------------------------------------------------------
@@ -137,12 +141,24 @@ class Run:
 
     def level(self, step: Step) -> Level:
         """The noise level at which a step starts."""
-        return level(self.scheduler, step.index, step.timestep)
+        return level(self.scheduler, self.first + step.index, step.timestep)
 
-    def span(self, first: int, last: int, of: int = 50) -> range:
+    def span(self, first: float, last: float, of: float = 50) -> range:
         """Steps `first` to `last` (exclusive) of a sampler of `of` steps, for this number of steps."""
         scale = self.num_steps / of
         return range(round(first * scale), round(last * scale))
+
+    def fit(self, kept: Tensor, rows: int) -> Tensor | None:
+        """What was kept of a call, for a call of so many rows; None where it does not fit them.
+
+        A guider may leave out the unconditional rows of a call after both halves were kept.
+        """
+        if len(kept) == rows:
+            return kept
+        guidance = self.guidance
+        if guidance is not None and guidance.batched and len(kept) == 2 * rows:
+            return kept.chunk(2)[guidance.conditional]
+        return None
 
     # -- around the pipeline -----------------------------------------------------------------------
     @contextmanager
@@ -158,6 +174,17 @@ class Run:
             stack.callback(self._finish)
             self._begin()
             yield
+
+    def asked(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the pipeline's call as the plan wants them."""
+        if self.slots.schedule is None:
+            return args, kwargs
+        names = list(inspect.signature(self.pipe.__call__).parameters)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.slots.schedule[0].ask(self.state(self.slots.schedule), self, arguments)
+        return args[len(names) :], arguments
 
     def _begin(self) -> None:
         for technique, bound in self.slots.entries():
@@ -180,7 +207,7 @@ class Run:
     # -- the scheduler's timesteps -----------------------------------------------------------------
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
-        self.index, self.calls = 0, 0
+        self.index, self.calls, self.first = 0, 0, 0
         self.num_steps = len(self.scheduler.timesteps)
         if self.slots.schedule is not None:
             self.slots.schedule[0].plan(self.state(self.slots.schedule), self)
@@ -200,28 +227,33 @@ class Run:
         self._shape = x.shape[1:]
         self._call = call
         if self.calls == 0:
-            self._outputs = []
             self.running = self._decide(call)
+            if self.running:
+                self.computed = []
         self.calls += 1
-        if not self.running:
-            assert self.slots.gate is not None
-            gate = self.slots.gate
-            output = gate[0].predict(self.state(gate), self, call)
+        gate = self.slots.gate
+        if not self.running and self._known(call):
+            assert gate is not None
             self.activity["skipped"] += 1
-            pack = self._pack
-        else:
-            output, pack = self._compute(call, original)
-            self._pack = pack
-        self._outputs.append(output)
-        if self.running and self.slots.gate is not None:
-            self.slots.gate[0].observe(self.state(self.slots.gate), self, call, output)
-        return pack(output)
+            return self._pack(gate[0].predict(self.state(gate), self, call))
+        output, self._pack = self._compute(call, original)
+        if self.running:
+            self.computed.append(output)
+            if gate is not None:
+                gate[0].observe(self.state(gate), self, call, output)
+        return self._pack(output)
+
+    def _known(self, call: Call) -> bool:
+        """Whether the last step that ran made such a call; some guide for a part of the way only."""
+        if call.branch >= len(self.computed):
+            return False
+        return len(self.computed[call.branch]) == call.rows
 
     _pack: Callable[[Tensor], Any]
 
     def _decide(self, call: Call) -> bool:
         run = True
-        if self.slots.gate is not None:
+        if self.slots.gate is not None and self._known(call):
             run = self.slots.gate[0].decide(self.state(self.slots.gate), self, call)
         if run and self.slots.guider is not None:
             guider, known = self.slots.guider, self.guidance is not None
@@ -246,7 +278,7 @@ class Run:
             return self._run_network(call, original)
         if guidance.conditional < call.branch:  # the conditional branch is there already
             self.activity["left_out"] += 1
-            return guider[0].missing(state, self, self._outputs[guidance.conditional]), self._pack
+            return guider[0].missing(state, self, self.computed[guidance.conditional]), self._pack
         # The unconditional branch comes first, so it is computed with nothing to stand for it.
         return self._run_network(call, original)
 
@@ -268,6 +300,8 @@ class Run:
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
         given = bound.arguments
+        if self.index == 0:
+            self._find_first(given["timestep"])
         step = Step(
             self.index, given["timestep"], given["model_output"], given["sample"], self.running
         )
@@ -297,15 +331,23 @@ class Run:
         made = returned[-1]
         return made if step.result is _sample_of(made) else _with_sample(made, step.result)
 
+    def _find_first(self, timestep: Any) -> None:
+        """See at which of the scheduler's timesteps the loop began."""
+        times = self.scheduler.timesteps
+        if torch.as_tensor(timestep).numel() == 1:
+            found = (times == torch.as_tensor(timestep).to(times.device)).nonzero()
+            self.first = int(found[0]) if len(found) else 0
+            self.num_steps = len(times) - self.first
+
     def _compare(self, step: Step) -> None:
         """Find out how the branches are combined, and tell the guider of both."""
         guider = self.slots.guider
         if guider is None or not self.running or not self.both:
             return
         if self.guidance is None:
-            self.guidance = find_guidance(self._outputs, step.output)
+            self.guidance = find_guidance(self.computed, step.output)
         if self.guidance is not None:
-            pair = self.guidance.split(self._outputs)
+            pair = self.guidance.split(self.computed)
             guider[0].compare(self.state(guider), self, *pair, step.sample)
 
 

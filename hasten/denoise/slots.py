@@ -46,9 +46,11 @@ class DenoiseTechnique(Technique):
 class Schedule(DenoiseTechnique):
     """Chooses the timesteps."""
 
+    def ask(self, state: Any, run: Run, arguments: dict[str, Any]) -> None:
+        """May change the arguments of the pipeline's call, by name, before it is made."""
+
     def plan(self, state: Any, run: Run) -> None:
         """Called when the scheduler has made its timesteps; may give it others (`run.set_grid`)."""
-        raise NotImplementedError
 
 
 class Gate(DenoiseTechnique):
@@ -62,8 +64,11 @@ class Gate(DenoiseTechnique):
         return True
 
     def predict(self, state: Any, run: Run, call: Call) -> Tensor:
-        """What stands for the output of a call that does not run, in the output's shape."""
-        raise NotImplementedError
+        """What stands for the output of a call that does not run, in the output's shape.
+
+        The output of the same call of the last step that ran, by default.
+        """
+        return run.computed[call.branch]
 
     def observe(self, state: Any, run: Run, call: Call, output: Tensor) -> None:
         """Told the output of each call that ran, as the pipeline gets it."""

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +27,14 @@ from hasten.zoo.corpus import (
     SourceFile,
     default_corpus,
     tokenize,
+)
+from hasten.zoo.output import (
+    Card,
+    checked_output,
+    describe_run,
+    new_folder,
+    torch_state,
+    weights_hash,
 )
 from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
 from hasten.zoo.tokenizer import VOCABULARY_SIZE, train_tokenizer
@@ -118,22 +122,6 @@ class Conversion:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a trained model says of itself; stored beside it as `card.json`."""
-
-    name: str
-    num_parameters: int
-    data: dict[str, Any]
-    training: dict[str, Any]
-    quality: dict[str, float]
-    recipe: dict[str, Any]
-    sha256: str  # of model.safetensors
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-
 RECIPES: dict[str, Recipe | Conversion] = {
     recipe.name: recipe
     for recipe in (
@@ -206,6 +194,7 @@ def train(
     seed: int = 0,
     resume: bool = False,
     quiet: bool = False,
+    plan: str | None = None,
     corpus: Corpus | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Card:
@@ -215,6 +204,7 @@ def train(
         threads: processor threads (default: as torch is set); other numbers round otherwise.
         max_tokens: cuts the run short; its schedule shrinks with it.
         resume: go on where an interrupted run of the same recipe into `output` stopped.
+        plan: techniques of the slot loss, in the place of the recipe's own; for conversions.
         corpus: text to learn from (default: this Python's standard library).
         tokenizer: default: the one that ships with hasten, else one trained on the corpus.
 
@@ -227,7 +217,13 @@ def train(
     if max_tokens is not None:
         settings = replace(settings, tokens=min(max_tokens, settings.tokens))
     chosen = replace(chosen, training=settings)
-    output = _checked(Path(output))
+    if plan is not None:
+        if not isinstance(chosen, Conversion):
+            raise HastenError(
+                f"recipe {chosen.name} takes no techniques; those that do convert a model, such as code-dlm"
+            )
+        chosen = replace(chosen, plan=str(Plan.parse(plan)))
+    output = checked_output(Path(output))
     corpus = default_corpus() if corpus is None else corpus
     if isinstance(chosen, Conversion):
         return _convert(chosen, output, corpus, threads=threads, resume=resume, quiet=quiet)
@@ -240,7 +236,7 @@ def train(
     packed = PackedTokens(tokenize(corpus.train, tokenizer), seed=seed)
     held_out = [file.text for file in corpus.held_out]
     checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
-    with _torch_state(threads, seed), keep_freed_memory():
+    with torch_state(threads, seed), keep_freed_memory():
         model = LlamaForCausalLM(chosen.config(tokenizer))
         outcome = fit(
             model,
@@ -289,7 +285,7 @@ def _convert(
     files = FileWindows(tokenize(corpus.train, tokenizer), seed=chosen.training.seed)
     held_out = FileWindows(tokenize(corpus.held_out, tokenizer)).batch(0, HELD_OUT_ROWS, 256)
     checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
-    with _torch_state(threads, chosen.training.seed), keep_freed_memory():
+    with torch_state(threads, chosen.training.seed), keep_freed_memory():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.resize_token_embeddings(len(tokenizer))  # the new row is the mean of the others
         mask_id = tokenizer.mask_token_id
@@ -327,9 +323,7 @@ def export(
     quality: dict[str, float],
 ) -> Card:
     """Write model, tokenizer and card beside `output`, then move them there in one step."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with new_folder(output) as folder:
         model.generation_config = GenerationConfig(
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
@@ -342,47 +336,13 @@ def export(
             name=chosen.name,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             data=_describe(corpus, packed),
-            training={
-                "steps": outcome.steps,
-                "tokens_seen": outcome.tokens,
-                "seconds": round(outcome.seconds, 1),
-                "machine": _machine(),
-                "torch": torch.__version__,
-                "evaluations": outcome.evaluations,
-            },
+            training=describe_run(outcome),
             quality=quality,
             recipe=asdict(chosen),
-            sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            sha256=weights_hash(folder),
         )
         card.save(folder / "card.json")
-        folder.chmod(0o755)  # temporary files are private; models are not
-        for file in folder.iterdir():
-            file.chmod(0o644)
-        _swap(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return card
-
-
-def _checked(output: Path) -> Path:
-    """Refuse to replace anything but a model: the folder is removed when the new one is ready."""
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not (output / "card.json").is_file():
-        raise HastenError(
-            f"{output} exists and is no zoo model; give a new folder, or one that holds such a model"
-        )
-    return output.absolute()
-
-
-def _swap(folder: Path, output: Path) -> None:
-    """Put `folder` in the place of `output`; a folder cannot be renamed on to a full one."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    old = folder.with_name(folder.name + ".old")
-    output.rename(old)
-    folder.rename(output)
-    shutil.rmtree(old)
 
 
 def _describe(corpus: Corpus, packed: PackedTokens | FileWindows) -> dict[str, Any]:
@@ -397,11 +357,6 @@ def _describe(corpus: Corpus, packed: PackedTokens | FileWindows) -> dict[str, A
         "num_tokens": packed.num_tokens,
         "held_out": [entry(file) for file in corpus.held_out],
     }
-
-
-def _machine() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} processor with {capability}, {torch.get_num_threads()} thread(s)"
 
 
 def _shipped_tokenizer() -> PreTrainedTokenizerFast | None:
@@ -422,19 +377,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def _torch_state(threads: int | None, seed: int) -> Iterator[None]:
-    """Seed torch and set its threads, and put both back."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        if threads < 1:
-            raise HastenError(f"threads is {threads}; give 1 or more")
-        torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def check_engine(subject: Subject, plan: Plan) -> None:
 def prepare(
     model: Model,
     *plan: str | Plan | Technique,
-    texts: Sequence[str],
+    texts: Sequence[str] = (),
+    prompts: Sequence[Any] = (),
+    arguments: Mapping[str, Any] | None = None,
     steps: int | None = None,
     seed: int = 0,
     tick: Tick = _no_tick,
@@ -94,13 +96,24 @@ def prepare(
     """Train or calibrate what the plan's techniques need for this model.
 
     Args:
-        texts: documents to learn from.
+        texts: documents that a language model learns from.
+        prompts: what a Diffusers pipeline learns from: texts, or classes; `texts` where none.
+        arguments: further arguments of a pipeline's call, such as its size or guidance scale.
         steps: optimiser steps; None takes each technique's own default.
         write: also save the parts in the user's data folder, where `apply` finds them.
     """
     parsed = Plan.parse(*plan)
     subject = open_subject(model, tokenizer=tokenizer)
-    made = prepare_causal(subject, parsed, Preparation(subject, list(texts), steps, seed, tick))
+    preparation = Preparation(
+        subject,
+        list(texts),
+        steps,
+        seed,
+        tick,
+        prompts=list(prompts or texts),
+        arguments=dict(arguments or {}),
+    )
+    made = prepare_causal(subject, parsed, preparation)
     if write:
         for technique in parsed:
             if technique.name in made:

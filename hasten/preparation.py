@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Preparation:
         steps: optimiser steps, or None for the technique's own default.
         seed: every random choice follows from it.
         tick: to be called after each step.
+        prompts: what a Diffusers pipeline learns from: texts, or names or numbers of classes.
+        arguments: further arguments of the pipeline's call, such as its size or guidance scale.
     """
 
     subject: Subject
@@ -36,6 +39,23 @@ class Preparation:
     steps: int | None = None
     seed: int = 0
     tick: Tick = field(default=_no_tick)
+    prompts: list[Any] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, count: int, generator: torch.Generator) -> list[Any]:
+        """So many prompts by chance, each as often as any other.
+
+        Raises:
+            HastenError: where no prompts were given.
+        """
+        if not self.prompts:
+            raise HastenError(
+                f"Preparing {self.subject.name} needs prompts; give prompts=[...] (or --text on the command "
+                "line)."
+            )
+        rounds = -(-count // len(self.prompts))
+        orders = [torch.randperm(len(self.prompts), generator=generator) for _ in range(rounds)]
+        return [self.prompts[int(i)] for i in torch.cat(orders)[:count]]
 
     def stream(self) -> Tensor:
         """All texts as one stream of ids, (tokens,), an end-of-text token between documents."""

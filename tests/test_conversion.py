@@ -13,8 +13,10 @@ import hasten
 from hasten.errors import HastenError
 from hasten.masked.engine import MaskedModel
 from hasten.training import Stage
+from hasten.training.masked import mask_in_blocks
 from hasten.zoo import recipes
-from hasten.zoo.corpus import Corpus, default_corpus
+from hasten.zoo.continuations import Continuations, write_continuations
+from hasten.zoo.corpus import Corpus, FileWindows, default_corpus, tokenize
 
 STEPS = 6
 
@@ -37,7 +39,16 @@ def tiny() -> recipes.Conversion:
         tokens=256 * STEPS,
         stages=(Stage(length=64, share=1.0),),
     )
-    return replace(full, base="code-lm-tiny", training=settings)
+    assert full.echo is not None
+    echo = replace(
+        full.echo,
+        texts=6,
+        prompt=32,
+        training=replace(
+            full.echo.training, batch_tokens=256, tokens=256 * 3, stages=settings.stages
+        ),
+    )
+    return replace(full, base="code-lm-tiny", training=settings, echo=echo)
 
 
 @pytest.mark.slow
@@ -45,7 +56,8 @@ def test_it_makes_a_model_that_the_masked_engine_opens(
     tmp_path: Path, tiny: recipes.Conversion, little: Corpus
 ) -> None:
     card = recipes.train(tiny, tmp_path / "dlm", threads=1, corpus=little, quiet=True)
-    assert card.training["steps"] == STEPS
+    assert card.training["steps"] == STEPS and card.training["echo"]["steps"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["dlm"]  # nothing of the run is left
     assert card.recipe["plan"] == "repr_align" and card.recipe["base"] == "code-lm-tiny"
     assert {"loss", "masked_loss"} <= card.quality.keys()
     assert json.loads((tmp_path / "dlm" / "card.json").read_text())["sha256"] == card.sha256
@@ -78,3 +90,43 @@ def test_what_training_cannot_take_is_refused(
     with pytest.raises(HastenError, match="takes no techniques"):
         recipes.train("code-lm-tiny", tmp_path / "b", corpus=little, plan="repr_align")
     assert not any(tmp_path.iterdir())
+
+
+def test_masks_of_a_continuation_are_those_of_writing_in_blocks() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(5, 90, (64, 16 + 128))
+    inputs, wanted = mask_in_blocks(ids, 16, mask_id=3)
+    assert not bool(wanted[:, :16].any()) and bool(wanted.any(dim=1).all())
+    assert bool((inputs[wanted] == 3).all()) and torch.equal(inputs[:, :16], ids[:, :16])
+    lengths = set()
+    for row, places in zip(inputs, wanted, strict=True):
+        last = int(places.nonzero().max())
+        hidden = (row == 3).nonzero()[:, 0]
+        behind = hidden[hidden > last]
+        # Behind the block everything is hidden, and nothing before its first open place is.
+        assert behind.numel() == 0 or behind.tolist() == list(range(int(behind[0]), len(row)))
+        assert int(hidden[0]) == int(places.nonzero().min())
+        lengths.add(last - int(hidden[0]) + 1)
+    assert max(lengths) > 64 and min(lengths) <= 16
+
+
+def test_continuations_begin_with_the_passage_and_are_what_the_model_says(
+    tmp_path: Path, little: Corpus
+) -> None:
+    subject = hasten.open_subject("code-lm-tiny")
+    files = FileWindows(tokenize(little.train, subject.tokenizer))
+    kept = tmp_path / "texts.safetensors"
+    wanted = {"count": 5, "prompt": 24, "length": 39, "quiet": True}
+    texts = write_continuations(subject.model, files, kept, **wanted)
+    assert texts.shape == (5, 40)
+    passages = files.batch(0, 64, 24)[:5, :24]
+    assert torch.equal(texts[:, :24].long(), passages)
+    greedy = subject.model.generate(passages[:1], max_new_tokens=16, do_sample=False)
+    assert torch.equal(texts[0].long(), greedy[0])
+    assert torch.equal(write_continuations(subject.model, files, kept, **wanted), texts)
+    data = Continuations(texts)
+    rows = data.batch(0, 5, 39)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, texts.tolist()))
+    assert torch.equal(data.batch(3, 2, 39), data.batch(3, 2, 39))
+    with pytest.raises(HastenError, match="length"):
+        data.batch(0, 2, 64)

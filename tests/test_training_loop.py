@@ -232,3 +232,89 @@ def test_keeping_memory_changes_no_result() -> None:
     with keep_freed_memory():
         fit(kept, counting_data(), SETTINGS, quiet=True)
     assert_equal(plain, kept)
+
+
+# The running mean of the weights.
+
+
+def test_average_trails_the_weights() -> None:
+    plain, mean = tiny_model(), tiny_model()
+    fit(plain, counting_data(), SETTINGS, quiet=True)
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        seen.append(weights(model))
+        return {}
+
+    fit(
+        mean,
+        counting_data(),
+        SETTINGS,
+        average=0.9,
+        evaluate=evaluate,
+        num_evaluations=2,
+        quiet=True,
+    )
+    # The mean is evaluated and left in the model, and learning goes on without it.
+    assert all(torch.equal(tensor, seen[-1][name]) for name, tensor in weights(mean).items())
+    name = "model.embed_tokens.weight"
+    apart = (weights(mean)[name] - weights(plain)[name]).norm()
+    moved = (weights(plain)[name] - weights(tiny_model())[name]).norm()
+    assert 0 < apart < 0.5 * moved
+    nothing = tiny_model()
+    fit(nothing, counting_data(), SETTINGS, average=0.0, quiet=True)
+    for key, tensor in weights(nothing).items():  # it forgets all but the last weights
+        assert torch.allclose(tensor, weights(plain)[key], atol=1e-6), key
+
+
+def test_average_resumes(tmp_path: Path) -> None:
+    whole = tiny_model()
+    fit(whole, counting_data(), SETTINGS, average=0.9, quiet=True)
+    calls = 0
+
+    def interrupting(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return next_token_loss(model, batch)
+
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            tiny_model(),
+            counting_data(),
+            SETTINGS,
+            interrupting,
+            checkpoint=file,
+            average=0.9,
+            quiet=True,
+        )
+    resumed = tiny_model(seed=5)
+    fit(
+        resumed,
+        counting_data(),
+        SETTINGS,
+        checkpoint=file,
+        resume=True,
+        average=0.9,
+        quiet=True,
+    )
+    assert_equal(whole, resumed)
+
+
+def test_average_refuses(tmp_path: Path) -> None:
+    with pytest.raises(HastenError, match="average is 1"):
+        fit(tiny_model(), counting_data(), SETTINGS, average=1.0, quiet=True)
+    file = tmp_path / "state.safetensors"
+    fit(tiny_model(), counting_data(), SETTINGS, checkpoint=file, quiet=True)
+    with pytest.raises(HastenError, match="holds no mean"):
+        fit(
+            tiny_model(),
+            counting_data(),
+            SETTINGS,
+            checkpoint=file,
+            resume=True,
+            average=0.9,
+            quiet=True,
+        )

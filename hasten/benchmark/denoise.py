@@ -34,6 +34,7 @@ from hasten.measure.stats import bootstrap_interval, recovery
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Loss, Technique
+from hasten.zoo import catalogue
 
 Tick = Callable[[int, int, str], None]
 Array = NDArray[np.float64]
@@ -272,6 +273,13 @@ def arguments_of(pipe: Any, prompt: str, steps: int, guidance: float | None) -> 
     )
 
 
+def usual_arguments(subject: Subject) -> dict[str, Any]:
+    """The arguments that show a model of the zoo at its best, from its card; none for any other."""
+    if not catalogue.is_zoo_name(subject.name):
+        return {}
+    return dict(catalogue.card(subject.name).get("sampling", {}))
+
+
 def _class_of(pipe: Any, words: str) -> int:
     labels = getattr(pipe, "labels", None) or {}
     if words in labels:
@@ -302,8 +310,11 @@ def bench_denoise(
     """
     judge = None if prompts else scene_judge(subject, pictures, seed)
     texts = prompts or (PLAIN_PROMPTS if judge is None else judge.prompts())
+    usual = usual_arguments(subject)
     make = [
-        Picture(arguments_of(subject.pipe, texts[i % len(texts)], steps, guidance), seed + i)
+        Picture(
+            usual | arguments_of(subject.pipe, texts[i % len(texts)], steps, guidance), seed + i
+        )
         for i in range(max(pictures, NUM_TIMED))
     ]
     judged = make[:pictures] if quality else []

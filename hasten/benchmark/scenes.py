@@ -67,7 +67,7 @@ def scene_judge(subject: Subject, count: int, seed: int) -> SceneJudge | None:
     """The judge of a model of the zoo that makes scenes; None for any other."""
     if not catalogue.is_zoo_name(subject.name) or not subject.name.startswith("scenes-"):
         return None
-    frames = int(catalogue.card(subject.name).get("frames", 1))
+    frames = int(catalogue.card(subject.name)["recipe"].get("frames", 1))
     return SceneJudge(load_judge(), held_out(count, seed, frames=frames), frames)
 
 

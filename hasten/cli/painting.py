@@ -29,13 +29,13 @@ def paint(
     import torch
 
     import hasten
-    from hasten.benchmark.denoise import arguments_of
+    from hasten.benchmark.denoise import arguments_of, usual_arguments
     from hasten.denoise.engine import DenoiseModel
 
     need_extra("PIL", "diffusion")
     if output is not None:
         _check(output)
-    arguments = arguments_of(subject.pipe, prompt, steps, guidance)
+    arguments = usual_arguments(subject) | arguments_of(subject.pipe, prompt, steps, guidance)
     generator = torch.Generator().manual_seed(seed)
     with hasten.apply(subject, *plans) as fast:
         assert isinstance(fast, DenoiseModel)

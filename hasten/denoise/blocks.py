@@ -62,55 +62,45 @@ class BlockCall:
 
     @property
     def hidden(self) -> Tensor:
-        """(rows, tokens, hidden) the sample's tokens before the block."""
-        return self._get("hidden_states", 0)
+        """(rows, tokens, hidden) the sample's tokens before the block.
+
+        Some blocks take the text's tokens in the same sequence (`run.layout.offset`).
+        """
+        return self._get(self._form.hidden)
 
     @hidden.setter
     def hidden(self, value: Tensor) -> None:
-        self._set("hidden_states", 0, value)
+        name = self._form.hidden
+        if name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            self.args = (value, *self.args[1:])
 
     @property
     def text(self) -> Tensor | None:
         """(rows, text, hidden) the text's tokens, where the block changes them too."""
-        return self._get("encoder_hidden_states", 1) if self._text_at is not None else None
+        return None if self._form.text is None else self._get(self._form.text)
 
     def parts(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The sample's tokens and the text's in a block's output."""
         if not isinstance(output, tuple):
             return output, None
-        text = None if self._text_at is None else output[self._text_at]
-        return output[self._hidden_at], text
+        first, second = output
+        return (second, first) if self._form.text_first else (first, second)
 
     def output(self, hidden: Tensor, text: Tensor | None) -> Any:
         """An output as the block gives it."""
-        if not self._is_tuple:
+        if self._form.text is None:
             return hidden
-        made: list[Any] = [None] * (1 if self._text_at is None else 2)
-        made[self._hidden_at] = hidden
-        if self._text_at is not None:
-            made[self._text_at] = text
-        return tuple(made)
+        return (text, hidden) if self._form.text_first else (hidden, text)
 
-    def _get(self, name: str, place: int) -> Any:
-        return self.kwargs[name] if name in self.kwargs else self.args[place]
-
-    def _set(self, name: str, place: int, value: Any) -> None:
-        if name in self.kwargs:
-            self.kwargs[name] = value
-        else:
-            self.args = (*self.args[:place], value, *self.args[place + 1 :])
+    def _get(self, name: str) -> Any:
+        return self.kwargs[name] if name in self.kwargs else self.args[self._form.names.index(name)]
 
     @property
-    def _hidden_at(self) -> int:
-        return _places(type(self.module))[0]
-
-    @property
-    def _text_at(self) -> int | None:
-        return _places(type(self.module))[1]
-
-    @property
-    def _is_tuple(self) -> bool:
-        return _places(type(self.module))[1] is not None
+    def _form(self) -> Form:
+        inner: Any = getattr(self.module, "block", None)  # some blocks are a case around another
+        return form(type(inner or self.module))
 
 
 @dataclass
@@ -119,10 +109,12 @@ class AttentionCall:
 
     Attributes:
         layer: which attention layer of the network, in order.
+        turn: which attention of that layer, where it attends for each row on its own.
         arguments: those of `scaled_dot_product_attention`, by name.
     """
 
     layer: int
+    turn: int
     arguments: dict[str, Any]
 
     @property
@@ -150,40 +142,54 @@ class AttentionCall:
         return F.scaled_dot_product_attention(**self.arguments)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a kind of block takes and gives back.
+
+    Attributes:
+        names: of its arguments.
+        text: the argument with the tokens that it changes beside the sample's; None without.
+        text_first: whether it gives the text's tokens back before the sample's.
+    """
+
+    names: tuple[str, ...]
+    text: str | None = None
+    text_first: bool = False
+
+    @property
+    def hidden(self) -> str:
+        """The argument with the sample's tokens: always the first."""
+        return self.names[0]
+
+
 @cache
-def _places(kind: type[nn.Module]) -> tuple[int, int | None]:
-    """Where a block's output holds the sample's tokens and the text's, as Diffusers registers it."""
-    from diffusers.hooks._helpers import TransformerBlockRegistry
+def form(kind: Any) -> Form:
+    """The form of a class of blocks, read off its last return statement.
 
-    try:
-        known = TransformerBlockRegistry.get(kind)
-    except ValueError:
-        return _places_by_name(kind)
-    return known.return_hidden_states_index, known.return_encoder_hidden_states_index
-
-
-def _places_by_name(kind: type[nn.Module]) -> tuple[int, int | None]:
-    """The same for a block that Diffusers does not register, by the names that it returns."""
+    Diffusers' own register of blocks lacks half of them, and is wrong on some.
+    """
+    names = tuple(inspect.signature(kind.forward).parameters)[1:]
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):  # made without a file
-        return 0, None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            names = [entry.id if isinstance(entry, ast.Name) else "" for entry in node.value.elts]
-            if len(names) == 2 and {"hidden_states", "encoder_hidden_states"} == set(names):
-                return names.index("hidden_states"), names.index("encoder_hidden_states")
-    return 0, None
+        return Form(names)
+    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    value = max(returns, key=lambda node: node.lineno).value if returns else None
+    given = [ast.unparse(entry) for entry in value.elts] if isinstance(value, ast.Tuple) else []
+    others = [name for name in given if name in names[1:]]
+    if len(given) == 2 and names[0] in given and others:
+        return Form(names, others[0], text_first=given[0] == others[0])
+    return Form(names)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a network, in the order in which they run; none for a U-Net."""
-    return [
-        block
-        for name in LISTS
-        if isinstance(found := getattr(module, name, None), nn.ModuleList)
-        for block in found
-    ]
+    lists = [getattr(module, name, None) for name in LISTS]
+    found = [block for each in lists if isinstance(each, nn.ModuleList) for block in each]
+    between = getattr(module, "temporal_transformer_blocks", None)
+    if isinstance(between, nn.ModuleList):  # one after each of the others
+        return [block for pair in zip(found, between, strict=True) for block in pair]
+    return found
 
 
 def sublayers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -217,13 +223,21 @@ class Inside:
                     for name, layer in sublayers(block):
                         stack.enter_context(hooked(layer, NAME, self._sublayer((index, name))))
             if slots.attention is not None:
-                found = [m for m in self.module.modules() if is_attention(m) and _reads_itself(m)]
-                for index, layer in enumerate(found):
+                for index, layer in enumerate(self._attentions()):
                     stack.enter_context(hooked(layer, NAME + "_attention", self._attention(index)))
             if self._wraps_blocks():
                 for index, block in enumerate(self.blocks):
                     stack.enter_context(hooked(block, NAME, self._block(index)))
             yield
+
+    def _attentions(self) -> list[nn.Module]:
+        """The layers that attend over the sample's tokens; those that read the text alone are not."""
+        return [
+            layer
+            for part in self.blocks or [self.module]
+            for name, layer in part.named_modules()
+            if is_attention(layer) and _reads_itself(name, layer)
+        ]
 
     def _wraps_blocks(self) -> bool:
         """Whether a technique of the plan does anything at a block."""
@@ -236,6 +250,8 @@ class Inside:
         run, count = self.run, len(self.blocks)
 
         def forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+            if run.looking:
+                return original(*args, **kwargs)
             call = BlockCall(index, count, module, args, kwargs, run.call.branch, original)
             if run.slots.block is None:
                 assert run.slots.state is not None
@@ -257,6 +273,8 @@ class Inside:
         run = self.run
 
         def forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+            if run.looking:
+                return original(*args, **kwargs)
             assert run.slots.block is not None
             state = run.state(run.slots.block)
             return run.slots.block[0].sublayer(state, run, key, lambda: original(*args, **kwargs))
@@ -267,15 +285,18 @@ class Inside:
         run = self.run
 
         def forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+            if run.looking:
+                return original(*args, **kwargs)
             with _Attending(run, index):
                 return original(*args, **kwargs)
 
         return forward
 
 
-def _reads_itself(module: nn.Module) -> bool:
+def _reads_itself(name: str, module: nn.Module) -> bool:
     """Whether queries and keys are of the same tokens; attention to the text alone is not."""
-    return not getattr(module, "is_cross_attention", False)
+    # Where a layer does not say so, Diffusers' usual name for it does.
+    return not getattr(module, "is_cross_attention", name.endswith("attn2"))
 
 
 class _Attending(TorchFunctionMode):
@@ -288,6 +309,7 @@ class _Attending(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.layer = layer
+        self.turn = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -295,9 +317,11 @@ class _Attending(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        call = AttentionCall(self.layer, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        call = AttentionCall(self.layer, self.turn, given)
         run, entry = self.run, self.run.slots.attention
         assert entry is not None
         if call.query.shape[-2] != call.key.shape[-2]:
             return call.dense()  # to the text
+        self.turn += 1
         return entry[0].attend(run.state(entry), run, call)

@@ -2,7 +2,7 @@
 
 Some pipelines run both branches in one call, some in two; some put the conditional one first. All
 of them hand `unconditional + scale * (conditional - unconditional)` to the scheduler, some with the
-sign turned. So one step with both outputs and what came of them tells the rest.
+sign turned or the length changed. So one step with both outputs and what came of them tells the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 0.05  # of the combination's size; guidance rescaling bends the straight line a little
+TOLERANCE = 0.05  # of the combination's size: what rounding to 16 bits and a strong scale may leave
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,29 @@ class Guidance:
         batched: both branches are halves of one call; else they are two calls of a step.
         conditional: which half, or which call, is the conditional one.
         scale: the guidance scale.
+        sign: -1 where the scheduler is given the negative of what the network puts out.
+        count: rows of a guided call; some pipelines guide for a part of the way only.
     """
 
     batched: bool
     conditional: int
     scale: float
+    sign: float = 1.0
+    count: int = 0
 
-    def rows(self, count: int) -> Tensor:
-        """The rows of the conditional branch in a call of so many."""
+    def holds(self, rows: int) -> bool:
+        """Whether a call of so many rows is a guided one."""
+        return self.count in (0, rows)
+
+    def rows(self, count: int, *, conditional: bool) -> Tensor:
+        """The rows of one branch in a call of so many."""
         half = count // 2
-        return torch.arange(half) + self.conditional * half
+        which = self.conditional if conditional else 1 - self.conditional
+        return torch.arange(half) + which * half
+
+    def fits(self, outputs: list[Tensor]) -> bool:
+        """Whether a step's outputs are those of both branches."""
+        return self.holds(len(outputs[0])) and (self.batched or len(outputs) > 1)
 
     def split(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(samples, ...) outputs of the conditional and of the unconditional branch."""
@@ -65,16 +78,50 @@ def find_guidance(outputs: list[Tensor], combined: Tensor) -> Guidance | None:
         return None
     if any(len(half) != len(combined) for half in pair):
         return None
-    channels = combined.shape[1]
-    first, second = (half[:, :channels].double() for half in pair)
-    target, apart = combined.double(), second - first
-    size = float((apart * apart).sum())
-    if size == 0.0:
-        return None
-    for sign in (1.0, -1.0):
-        scale = float(((sign * target - first) * apart).sum()) / size
-        left = float((sign * target - first - scale * apart).norm())
-        if left <= TOLERANCE * float(target.norm()):
+    first, second = (like(half, combined).double() for half in pair)
+    target = combined.double()
+    # Rescaled guidance is a multiple of the straight line: one for each sample, or for each vector.
+    for vectors in (len(target), target.numel() // target.shape[-1]):
+        found = _line(*(t.reshape(vectors, -1) for t in (first, second, target)))
+        if found is not None:
+            scale, sign = found
             conditional = int(scale > 0.5)  # the other order would have 1 - scale
-            return Guidance(batched, conditional, scale if conditional else 1.0 - scale)
+            scale = scale if conditional else 1.0 - scale
+            return Guidance(batched, conditional, scale, sign, len(outputs[0]))
     return None
+
+
+def _line(first: Tensor, second: Tensor, target: Tensor) -> tuple[float, float] | None:
+    """The scale and sign by which `target = +-m * (first + scale * (second - first))`.
+
+    Each of (vectors, size) has a multiple m of its own; the scale is one for all.
+    """
+    apart = second - first
+    basis = torch.stack([first, apart], dim=-1)  # (vectors, size, 2)
+    square = basis.mT @ basis
+    known = torch.linalg.det(square) > 1e-12 * square.diagonal(dim1=-2, dim2=-1).prod(dim=-1)
+    if not bool(known.any()):
+        return None  # the branches are the same
+    basis, square, target = basis[known], square[known], target[known, :, None]
+    shares = torch.linalg.solve(square, basis.mT @ target)  # (vectors, 2, 1)
+    left = (target - basis @ shares).norm()
+    if bool(left > TOLERANCE * target.norm()):
+        return None
+    multiples, scales = shares[:, 0, 0], shares[:, 1, 0] / shares[:, 0, 0]
+    scale = scales.median()
+    alike = multiples[:, None, None] * basis @ torch.stack([torch.ones_like(scale), scale])[:, None]
+    if bool((target - alike).norm() > TOLERANCE * target.norm()):
+        return None
+    return float(scale), float(multiples.median().sign())
+
+
+def like(output: Tensor, sample: Tensor) -> Tensor:
+    """A network's output in the sample's shape: without channels that only tell a variance.
+
+    Some networks put out an axis of one frame beside the sample's own.
+    """
+    if output.shape == sample.shape:
+        return output
+    if output.numel() == sample.numel():
+        return output.reshape(sample.shape)
+    return output[:, : sample.shape[1]]

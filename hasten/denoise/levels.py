@@ -17,7 +17,7 @@ from hasten.errors import SubjectError
 
 # These keep samples as clean + ratio * noise, and scale them only for the network.
 _VARIANCE_EXPLODING = ("EulerDiscrete", "EulerAncestral", "Heun", "KDPM2", "LMSDiscrete")
-_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Level:
         alpha, sigma: `x = alpha * clean + sigma * noise`, for x = `scale` * the scheduler's sample.
         kind: what the network predicts: "epsilon", "v_prediction", "sample" or "flow".
         scale: from the scheduler's sample to the network's input.
+        sign: -1 for a flow that is told from noise to data.
     """
 
     alpha: float
     sigma: float
     kind: str
     scale: float = 1.0
+    sign: float = 1.0
 
     def clean(self, output: Tensor, sample: Tensor) -> Tensor:
         """The clean sample that an output speaks of; both are of the sample's shape."""
@@ -43,7 +45,7 @@ class Level:
         if self.kind == "v_prediction":
             return self.alpha * x - self.sigma * output
         if self.kind == "flow":
-            return x - self.sigma * output
+            return x - self.sign * self.sigma * output
         return output
 
     def noise(self, output: Tensor, sample: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class Level:
         if self.kind == "v_prediction":
             return self.alpha * output + self.sigma * x
         if self.kind == "flow":
-            return x + self.alpha * output
+            return x + self.sign * self.alpha * output
         return (x - self.alpha * output) / self.sigma
 
     def output_of_clean(self, clean: Tensor, sample: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Level:
         if self.kind == "v_prediction":
             return (self.alpha * x - clean) / self.sigma
         if self.kind == "flow":
-            return (x - clean) / self.sigma
+            return self.sign * (x - clean) / self.sigma
         return clean
 
     def output_of_noise(self, noise: Tensor, sample: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class Level:
         if self.kind == "v_prediction":
             return (noise - self.sigma * x) / self.alpha
         if self.kind == "flow":
-            return (noise - x) / self.alpha
+            return self.sign * (noise - x) / self.alpha
         return (x - self.sigma * noise) / self.alpha
 
 
@@ -100,23 +102,28 @@ def level(scheduler: Any, step: int, timestep: Any) -> Level:
     Raises:
         SubjectError: for a scheduler whose levels are written in no way that is known here.
     """
+    name, config = type(scheduler).__name__, scheduler.config
+    kind = config.get("prediction_type", "epsilon")
     if is_flow(scheduler):
         sigma = float(scheduler.sigmas[step])
-        return Level(1.0 - sigma, sigma, "flow")
-    kind = scheduler.config.get("prediction_type", "epsilon")
+        if config.get("invert_sigmas"):
+            return Level(sigma, 1.0 - sigma, "flow", sign=-1.0)
+        is_velocity = "FlowMatch" in name or kind == "flow_prediction"
+        return Level(1.0 - sigma, sigma, "flow" if is_velocity else kind)
     if kind not in _PREDICTIONS:
-        raise SubjectError(
-            f"{type(scheduler).__name__} predicts {kind!r}; known are {', '.join(_PREDICTIONS)}."
-        )
-    name = type(scheduler).__name__
+        raise SubjectError(f"{name} predicts {kind!r}; known are {', '.join(_PREDICTIONS)}.")
     if name.startswith(_VARIANCE_EXPLODING):
-        ratio = float(scheduler.sigmas[step])
+        ratios = scheduler.sigmas
+        if step % 2 and hasattr(scheduler, "sigmas_interpol"):
+            ratios = scheduler.sigmas_interpol  # every other step is made halfway
+        ratio = float(ratios[step])
         scale = (ratio * ratio + 1.0) ** -0.5
         return Level(scale, ratio * scale, kind, scale)
-    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+    known = not hasattr(scheduler, "precondition_outputs")  # as in EDM: scaled in a way of its own
+    if known and hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(torch.as_tensor(scheduler.sigmas[step]))
         return Level(float(alpha), float(sigma), kind)
-    if hasattr(scheduler, "alphas_cumprod"):
+    if known and hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
         share = float(scheduler.alphas_cumprod[int(timestep)])
         return Level(share**0.5, (1.0 - share) ** 0.5, kind)
     raise SubjectError(

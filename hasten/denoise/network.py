@@ -33,6 +33,10 @@ def networks(pipe: Any) -> list[nn.Module]:
     return modules
 
 
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+"""What networks call the time that they are told."""
+
+
 @cache
 def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
@@ -50,13 +54,14 @@ class Call:
     def __init__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], branch: int = 0
     ) -> None:
-        kind: Any = type(module)
+        # Compiled as a whole, a network stands in a case that takes any arguments.
+        kind: Any = type(getattr(module, "_orig_mod", module))
         names = _parameters(kind)
         self.module = module
         self.kwargs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self.branch = branch
         self._input = names[0]  # sample, hidden_states or x: always the first
-        self._time = next(name for name in names if name in ("timestep", "t"))
+        self._time = next((name for name in names if name in TIMES), "timestep")
 
     @property
     def x(self) -> Tensor:
@@ -71,6 +76,7 @@ class Call:
 
     @property
     def timestep(self) -> Any:
+        """What the network is told of the time: in its own scale, for all rows or for each."""
         return self.kwargs[self._time]
 
     @timestep.setter
@@ -85,25 +91,31 @@ class Call:
     def take(self, rows: Tensor) -> Call:
         """The same call for some of its rows only: whatever has a row for each sample is cut."""
         kwargs = {
-            name: value if _is_grid(name) else _cut(value, rows, self.rows)
+            name: value if _is_grid(name, value) else _cut(value, rows, self.rows)
             for name, value in self.kwargs.items()
         }
         return Call(self.module, (), kwargs, self.branch)
 
 
-def _is_grid(name: str) -> bool:
+def _is_grid(name: str, value: Any) -> bool:
     """Arguments about places, whose first axis may happen to be as long as the batch."""
-    return name.endswith(("_ids", "_shapes")) or "rotary" in name
+    if "rotary" in name:
+        return True
+    return name.endswith("_ids") and isinstance(value, Tensor) and value.ndim < 3
 
 
 def _cut(value: Any, rows: Tensor, count: int) -> Any:
     if isinstance(value, Tensor):
-        whole = value.ndim > 0 and value.shape[0] == count
-        return value.index_select(0, rows.to(value.device)) if whole else value
+        # A stack of layers of a text encoder has its rows on the second axis.
+        axis = 1 if value.ndim > 3 and value.shape[0] != count == value.shape[1] else 0
+        whole = value.ndim > 0 and value.shape[axis] == count
+        return value.index_select(axis, rows.to(value.device)) if whole else value
     if isinstance(value, dict):
         return {key: _cut(entry, rows, count) for key, entry in value.items()}
     if isinstance(value, list) and len(value) == count:
         return [value[row] for row in rows.tolist()]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut(entry, rows, count) for entry in value)
     return value
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from hasten.denoise.blocks import Inside
 from hasten.denoise.guidance import Guidance, find_guidance
-from hasten.denoise.layout import Layout
+from hasten.denoise.layout import Layout, sample_tokens
 from hasten.denoise.levels import Level, level
 from hasten.denoise.network import Call, hooked, networks, unpack
+from hasten.denoise.schedule.grid import Divisor
 from hasten.denoise.slots import (
     Attention,
     Block,
@@ -97,6 +98,7 @@ class Run:
         calls: network calls of the step in hand.
         computed: (rows, ...) outputs of the calls of the last step that ran, as the pipeline got them.
         running: whether the network runs at this step.
+        rows: which rows of the pipeline's call the network computes, while it runs.
         guidance: how the pipeline combines its branches, once that is known.
         layout: which tokens are the sample's, while the network runs.
         activity: counters; "calls" that ran, "skipped" ones, "rows" computed, "steps".
@@ -113,15 +115,19 @@ class Run:
         self.calls = 0
         self.computed: list[Tensor] = []
         self.running = True
-        self.both = True
+        self.wanted: Tensor | None = None  # samples whose unconditional branch runs; None: all
         self.guidance: Guidance | None = None
         self.layout = Layout()
         self.activity: Counter[str] = Counter()
         self.states: dict[int, Any] = {}
         self.seconds = 0.0
+        self.rows: tuple[int, ...] = ()
         self.trace: list[Step] | None = None  # every step, where someone asks
+        self.gaps: list[int] | None = None  # lengths of the steps (`schedule.grid`)
         self._shape: torch.Size | None = None
         self._call: Call | None = None
+        self.looking = False  # a forward pass is under way that is not the pipeline's
+        self._tokens: dict[tuple[int, int], range | None] = {}
 
     # -- what techniques read ----------------------------------------------------------------------
     def state(self, entry: tuple[DenoiseTechnique, Any]) -> Any:
@@ -148,17 +154,21 @@ class Run:
         scale = self.num_steps / of
         return range(round(first * scale), round(last * scale))
 
-    def fit(self, kept: Tensor, rows: int) -> Tensor | None:
-        """What was kept of a call, for a call of so many rows; None where it does not fit them.
+    def fit(self, kept: Tensor, had: tuple[int, ...]) -> Tensor | None:
+        """What was kept of a call, for the rows that the call in hand holds; None where some lack.
 
-        A guider may leave out the unconditional rows of a call after both halves were kept.
+        A guider may leave out unconditional rows after all were kept, and ask for them again.
+
+        Args:
+            kept: (rows, ...) of `run.rows` as it was then; or so many times as many, row by row.
+            had: `run.rows` as it was then.
         """
-        if len(kept) == rows:
+        if had == self.rows:
             return kept
-        guidance = self.guidance
-        if guidance is not None and guidance.batched and len(kept) == 2 * rows:
-            return kept.chunk(2)[guidance.conditional]
-        return None
+        if not set(self.rows) <= set(had):
+            return None
+        places = torch.tensor([had.index(row) for row in self.rows], device=kept.device)
+        return kept.unflatten(0, (len(had), -1)).index_select(0, places).flatten(0, 1)
 
     # -- around the pipeline -----------------------------------------------------------------------
     @contextmanager
@@ -169,8 +179,9 @@ class Run:
                 stack.enter_context(hooked(module, NAME, self._network))
                 inside = Inside(self, module)
                 stack.enter_context(inside.attached())
-            stack.enter_context(_replaced(self.scheduler, "set_timesteps", self._set_timesteps))
-            stack.enter_context(_replaced(self.scheduler, "step", self._step))
+            stack.enter_context(
+                _listening(self.scheduler, set_timesteps=self._set_timesteps, step=self._step)
+            )
             stack.callback(self._finish)
             self._begin()
             yield
@@ -179,11 +190,10 @@ class Run:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the pipeline's call as the plan wants them."""
-        if self.slots.schedule is None:
-            return args, kwargs
         names = list(inspect.signature(self.pipe.__call__).parameters)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.slots.schedule[0].ask(self.state(self.slots.schedule), self, arguments)
+        for technique, _ in self.slots.entries():
+            technique.ask(self.states[id(technique)], self, arguments)
         return args[len(names) :], arguments
 
     def _begin(self) -> None:
@@ -207,7 +217,7 @@ class Run:
     # -- the scheduler's timesteps -----------------------------------------------------------------
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
-        self.index, self.calls, self.first = 0, 0, 0
+        self.index, self.calls, self.first, self.gaps = 0, 0, 0, None
         self.num_steps = len(self.scheduler.timesteps)
         if self.slots.schedule is not None:
             self.slots.schedule[0].plan(self.state(self.slots.schedule), self)
@@ -221,6 +231,8 @@ class Run:
         call = Call(module, args, dict(kwargs), self.calls)
         if self.slots.state is not None:
             self.slots.state[0].feed(self.state(self.slots.state), self, call)
+        if self.index == 0 and self.calls == 0:
+            self._find_first(call.timestep)
         x = call.x
         if self._shape is not None and x.shape[1:] != self._shape:
             self._restart()
@@ -256,37 +268,49 @@ class Run:
         if self.slots.gate is not None and self._known(call):
             run = self.slots.gate[0].decide(self.state(self.slots.gate), self, call)
         if run and self.slots.guider is not None:
-            guider, known = self.slots.guider, self.guidance is not None
-            self.both = not known or guider[0].both(self.state(guider), self, call)
+            self.wanted = None
+            if self.guidance is not None and self.guidance.holds(call.rows):
+                guider = self.slots.guider
+                wanted = guider[0].wanted(self.state(guider), self, call)
+                self.wanted = None if bool(wanted.all()) else wanted
         return run
 
     def _compute(
         self, call: Call, original: Callable[..., Any]
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Run the network on what the guider leaves of a call."""
-        guidance, guider = self.guidance, self.slots.guider
-        if self.both or guidance is None or guider is None:
+        guidance, guider, wanted = self.guidance, self.slots.guider, self.wanted
+        if wanted is None or guidance is None or guider is None:
             return self._run_network(call, original)
-        assert guider is not None
-        state = self.state(guider)
+        state, some = self.state(guider), wanted.nonzero()[:, 0]
+        if call.rows != len(wanted) * (2 if guidance.batched else 1):
+            return self._run_network(call, original)  # this step's calls are others
         if guidance.batched:
-            rows = guidance.rows(call.rows)
-            output, pack = self._run_network(call.take(rows), original)
-            other = guider[0].missing(state, self, output)
-            return guidance.join(output, other), pack
-        if call.branch == guidance.conditional:
+            conditional = guidance.rows(call.rows, conditional=True)
+            others = guidance.rows(call.rows, conditional=False)[some]
+            kept = torch.cat([conditional, others]).sort().values
+            ran, pack = self._run_network(call.take(kept), original, kept)
+            first = ran[torch.searchsorted(kept, conditional)]
+            missing = guider[0].missing(state, self, first)
+            missing = _with_rows(missing, some, ran[torch.searchsorted(kept, others)])
+            self.activity["left_out"] += len(wanted) - len(some)
+            return guidance.join(first, missing), pack
+        if call.branch <= guidance.conditional:
+            # An unconditional branch that comes first has nothing yet to stand for it.
             return self._run_network(call, original)
-        if guidance.conditional < call.branch:  # the conditional branch is there already
-            self.activity["left_out"] += 1
-            return guider[0].missing(state, self, self.computed[guidance.conditional]), self._pack
-        # The unconditional branch comes first, so it is computed with nothing to stand for it.
-        return self._run_network(call, original)
+        missing = guider[0].missing(state, self, self.computed[guidance.conditional])
+        self.activity["left_out"] += len(wanted) - len(some)
+        if not len(some):
+            return missing, self._pack
+        ran, pack = self._run_network(call.take(some), original, some)
+        return _with_rows(missing, some, ran), pack
 
     def _run_network(
-        self, call: Call, original: Callable[..., Any]
+        self, call: Call, original: Callable[..., Any], rows: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         self._call = call
-        self.layout = Layout.of(call)
+        self.rows = tuple(range(call.rows) if rows is None else rows.tolist())
+        self.layout = Layout.of(call, functools.partial(self._find_tokens, call, original))
         start = time.perf_counter()
         output, pack = unpack(original(**call.kwargs))
         self.seconds += time.perf_counter() - start
@@ -295,6 +319,17 @@ class Run:
         if self.slots.state is not None:
             output = self.slots.state[0].receive(self.state(self.slots.state), self, call, output)
         return output, pack
+
+    def _find_tokens(self, call: Call, original: Callable[..., Any], length: int) -> range | None:
+        """Which tokens of a joint sequence are the sample's; looked up once for each length."""
+        key = (id(call.module), length)
+        if key not in self._tokens:
+            self.looking = True
+            try:
+                self._tokens[key] = sample_tokens(original, call, length)
+            finally:
+                self.looking = False
+        return self._tokens[key]
 
     # -- a step of the solver ----------------------------------------------------------------------
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +348,8 @@ class Run:
 
         def solve() -> Tensor:
             given["model_output"], given["sample"] = step.output, step.sample
-            returned.append(original(*bound.args, **bound.kwargs))
+            with self._length():
+                returned.append(original(*bound.args, **bound.kwargs))
             return _sample_of(returned[-1])
 
         step.result = (
@@ -331,24 +367,49 @@ class Run:
         made = returned[-1]
         return made if step.result is _sample_of(made) else _with_sample(made, step.result)
 
+    @contextmanager
+    def _length(self) -> Iterator[None]:
+        """Let a scheduler that knows steps of one length only make one of another."""
+        if self.gaps is None:
+            yield
+            return
+        steps = self.scheduler.num_inference_steps
+        self.scheduler.num_inference_steps = Divisor(steps, self.gaps[self.first + self.index])
+        try:
+            yield
+        finally:
+            self.scheduler.num_inference_steps = steps
+
     def _find_first(self, timestep: Any) -> None:
-        """See at which of the scheduler's timesteps the loop began."""
+        """See at which of the scheduler's timesteps the loop begins, and how many it makes.
+
+        Pipelines that begin with a picture leave the first ones out; some leave the last ones out.
+        """
         times = self.scheduler.timesteps
-        if torch.as_tensor(timestep).numel() == 1:
-            found = (times == torch.as_tensor(timestep).to(times.device)).nonzero()
-            self.first = int(found[0]) if len(found) else 0
-            self.num_steps = len(times) - self.first
+        self.first = getattr(self.scheduler, "begin_index", None) or 0
+        time = torch.as_tensor(timestep).flatten()[:1].to(times.device)
+        found = (times == time).nonzero()
+        if not self.first and len(found):
+            self.first = int(found[0])
+        # Pipelines note how many steps they make just before their loop.
+        most = getattr(self.pipe, "_num_timesteps", None) or len(times)
+        self.num_steps = min(len(times) - self.first, int(most))
 
     def _compare(self, step: Step) -> None:
         """Find out how the branches are combined, and tell the guider of both."""
         guider = self.slots.guider
-        if guider is None or not self.running or not self.both:
+        if guider is None or not self.running:
             return
         if self.guidance is None:
             self.guidance = find_guidance(self.computed, step.output)
-        if self.guidance is not None:
+        if self.guidance is not None and self.guidance.fits(self.computed):
             pair = self.guidance.split(self.computed)
-            guider[0].compare(self.state(guider), self, *pair, step.sample)
+            samples = replace(step, sample=step.sample[: len(pair[0])])
+            guider[0].compare(self.state(guider), self, *pair, samples)
+
+
+def _with_rows(values: Tensor, rows: Tensor, by: Tensor) -> Tensor:
+    return values.index_copy(0, rows.to(values.device), by) if len(rows) else values
 
 
 def _sample_of(made: Any) -> Tensor:
@@ -369,20 +430,28 @@ def _with_sample(made: Any, sample: Tensor) -> Any:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Put `wrapper(original, ...)` in the place of a method, for a while; its signature stays."""
-    original = getattr(owner, name)
-    had = name in vars(owner)
+def _listening(owner: Any, **wrappers: Callable[..., Any]) -> Iterator[None]:
+    """Put `wrapper(original, ...)` in the place of methods of an object, for a while.
 
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+    It gets a class of its own, under the same name, so that neither its dictionary nor copies that
+    a pipeline makes of it hold anything of this.
+    """
+    kind = type(owner)
 
-    setattr(owner, name, replacement)
+    def replacement(name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        original = getattr(kind, name)
+
+        @functools.wraps(original)  # pipelines look at the signature
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = original.__get__(self)
+            return wrapper(bound, *args, **kwargs) if self is owner else bound(*args, **kwargs)
+
+        return method
+
+    methods: dict[str, Any] = {name: replacement(name, w) for name, w in wrappers.items()}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    owner.__class__ = type(kind.__name__, (kind,), methods | names)
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
+        owner.__class__ = kind

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,9 +75,9 @@ class _Probe(Block, Attention, Guider):
         self.watch.attention += time.perf_counter() - start
         return output
 
-    def both(self, state: Any, run: Run, call: Any) -> bool:
+    def wanted(self, state: Any, run: Run, call: Any) -> Tensor:
         self.watch.guided = True
-        return True
+        return torch.ones(1, dtype=torch.bool)
 
 
 def measure_shares(model: DenoiseModel, call: Callable[[DenoiseModel], Any]) -> Shares:

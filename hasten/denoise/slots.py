@@ -39,6 +39,12 @@ class DenoiseTechnique(Technique):
         """Make this call's state; `bound` is what `bind` returned for the model."""
         return None
 
+    def ask(self, state: Any, run: Run, arguments: dict[str, Any]) -> None:
+        """May change the arguments of the pipeline's call, by name, before it is made.
+
+        Arguments of its own, which the pipeline does not know, it takes out.
+        """
+
     def finish(self, state: Any, run: Run) -> None:
         """Called once when the call ends, also when it failed; a place for last counters."""
 
@@ -46,11 +52,8 @@ class DenoiseTechnique(Technique):
 class Schedule(DenoiseTechnique):
     """Chooses the timesteps."""
 
-    def ask(self, state: Any, run: Run, arguments: dict[str, Any]) -> None:
-        """May change the arguments of the pipeline's call, by name, before it is made."""
-
     def plan(self, state: Any, run: Run) -> None:
-        """Called when the scheduler has made its timesteps; may give it others (`run.set_grid`)."""
+        """Called when the scheduler has made its timesteps; may give it others (`schedule.grid.set_grid`)."""
 
 
 class Gate(DenoiseTechnique):
@@ -84,22 +87,26 @@ class Gate(DenoiseTechnique):
 class Guider(DenoiseTechnique):
     """Leaves branches of the guidance out."""
 
-    def both(self, state: Any, run: Run, call: Call) -> bool:
-        """Whether this step runs both branches; the conditional one always runs.
+    def wanted(self, state: Any, run: Run, call: Call) -> Tensor:
+        """(samples,) whose unconditional branch runs at this step; the conditional one always does.
 
         Asked once a step, and only once it is known which branch is which (`run.guidance`).
         """
         raise NotImplementedError
 
     def compare(
-        self, state: Any, run: Run, conditional: Tensor, unconditional: Tensor, sample: Tensor
+        self, state: Any, run: Run, conditional: Tensor, unconditional: Tensor, step: Step
     ) -> None:
-        """Told both branches' outputs after each step that ran both, (samples, ...) each."""
+        """Told both branches' outputs after each step that ran, (samples, ...) each.
+
+        Where the unconditional branch did not run, it is what stood for it. `step.sample` is cut to
+        the samples.
+        """
 
     def missing(self, state: Any, run: Run, conditional: Tensor) -> Tensor:
-        """What stands for the unconditional branch that did not run.
+        """(samples, ...) what stands for unconditional branches that did not run.
 
-        The conditional one itself by default: then whatever the pipeline makes of both is it.
+        The conditional ones themselves by default: then whatever the pipeline makes of both is it.
         """
         return conditional
 

@@ -13,6 +13,7 @@ from hasten.masked.attention import undirected
 from hasten.training.slots import LossTerm, Step
 
 RATIOS = (0.15, 0.5, 0.85)  # at which a model is judged
+BLOCKS = (16, 32, 64, 128)  # lengths in which continuations are written
 
 
 def mask_at(ids: Tensor, ratio: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -33,24 +34,63 @@ def mask_at(ids: Tensor, ratio: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(wanted, mask_id), wanted
 
 
+def mask_in_blocks(ids: Tensor, prompt: int, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Hide what is hidden while a continuation is written block by block.
+
+    For each row a length of blocks is drawn, and one of them: what stands before it is there, some
+    of its tokens are, at a ratio drawn evenly, and nothing behind it is. Only its own tokens are to
+    be predicted.
+
+    Args:
+        ids: (rows, prompt + continuation).
+
+    Returns:
+        As `mask_at`.
+    """
+    rows, new = ids.shape[0], ids.shape[1] - prompt
+    lengths = torch.tensor([n for n in BLOCKS if n <= new] or [new], device=ids.device)
+    length = lengths[torch.randint(len(lengths), (rows, 1), device=ids.device)]
+    count = (new + length - 1) // length
+    first = prompt + length * (torch.rand(rows, 1, device=ids.device) * count).long()
+    places = torch.arange(ids.shape[1], device=ids.device)
+    inside = (places >= first) & (places < first + length)
+    draws = torch.rand(ids.shape, device=ids.device).masked_fill(~inside, 2.0)
+    ratio = torch.rand(rows, 1, device=ids.device)
+    wanted = draws <= torch.maximum(ratio, draws.min(dim=1, keepdim=True).values)
+    return ids.masked_fill(wanted | (places >= first + length), mask_id), wanted
+
+
 class MaskedLoss:
     """`loss_fn` of `training.loop.fit`: masked cross-entropy, and the terms of techniques.
 
     Each row is masked at its own ratio, drawn evenly from 0 to 1. The model sees both ways; its
     state at position i predicts token i + 1, as it did when it was autoregressive.
+
+    Args:
+        prompt: tokens that each row begins with and that are never hidden; the rest is hidden as in
+            writing block by block. 0 hides anywhere.
     """
 
     def __init__(
-        self, model: PreTrainedModel, mask_id: int, terms: Sequence[LossTerm] = ()
+        self,
+        model: PreTrainedModel,
+        mask_id: int,
+        terms: Sequence[LossTerm] = (),
+        *,
+        prompt: int = 0,
     ) -> None:
         self.mask_id = mask_id
+        self.prompt = prompt
         self.terms = [(term, term.begin(model)) for term in terms]
 
     def __call__(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """`batch` (rows, length + 1); the last token is left out."""
         ids = batch[:, :-1]
-        ratio = torch.rand(ids.shape[0], device=ids.device)
-        inputs, wanted = mask_at(ids, ratio, self.mask_id)
+        if self.prompt:
+            inputs, wanted = mask_in_blocks(ids, self.prompt, self.mask_id)
+        else:
+            ratio = torch.rand(ids.shape[0], device=ids.device)
+            inputs, wanted = mask_at(ids, ratio, self.mask_id)
         assert isinstance(model, PreTrainedModel)
         loss, hidden = masked_loss(model, ids, inputs, wanted, hidden=bool(self.terms))
         step = Step(ids, inputs, wanted, hidden)

@@ -1,7 +1,7 @@
 """Which zoo models there are on this machine, and where.
 
-A zoo model is a folder that transformers can open, with a `card.json`. Some ship with hasten; those
-that a user trains lie in the user's data folder. Importing this module is cheap.
+A zoo model is a folder that transformers or Diffusers can open, with a `card.json`. Some ship with
+hasten; those that a user trains lie in the user's data folder. Importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hasten.home import home
 from hasten.zoo.corpus import shipped_held_out
 
 SHIPPED = Path(__file__).parent / "weights"
+PIPELINE = "model_index.json"  # what Diffusers knows a pipeline's folder by
 
 
 def user_path(name: str) -> Path:
@@ -44,6 +45,27 @@ def path(name: str) -> Path:
         raise HastenError(f"no zoo model named {name!r}; {_what_to_do(name)}")
     shipped = SHIPPED / name
     return shipped if _is_model(shipped) else user_path(name)
+
+
+def part_path(name: str) -> Path:
+    """The folder of a part that picture models are made or judged with, such as scenes-judge.
+
+    Raises:
+        HastenError: where it is neither shipped nor trained by the user.
+    """
+    for folder in (SHIPPED / name, user_path(name)):
+        if (folder / "card.json").is_file():
+            return folder
+    raise HastenError(f"{name} is not here; train it first: hasten train {name}")
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a zoo model is a pipeline of Diffusers.
+
+    Raises:
+        HastenError: where there is no such model here.
+    """
+    return (path(name) / PIPELINE).is_file()
 
 
 def card(name: str) -> dict[str, Any]:
@@ -91,13 +113,16 @@ def _models(folder: Path) -> list[Path]:
 
 def _is_model(folder: Path) -> bool:
     # A dot marks a model that is still being written.
-    wanted = ("card.json", "config.json", "model.safetensors")
-    return not folder.name.startswith(".") and all((folder / name).is_file() for name in wanted)
+    if folder.name.startswith(".") or not (folder / "card.json").is_file():
+        return False
+    wanted = ("config.json", "model.safetensors")
+    return (folder / PIPELINE).is_file() or all((folder / name).is_file() for name in wanted)
 
 
 def _what_to_do(name: str) -> str:
-    from hasten.zoo.recipes import RECIPES  # brings in transformers; only needed for the message
+    from hasten.zoo import recipes  # brings in transformers; only needed for the message
 
-    if name in RECIPES:
+    known = (*recipes.RECIPES, *recipes.pictures.RECIPES)
+    if name in known:
         return f"train it first: hasten.zoo.recipes.train({name!r}, {str(user_path(name))!r})"
-    return f"there are {', '.join(names()) or 'none'}, and recipes for {', '.join(RECIPES)}"
+    return f"there are {', '.join(names()) or 'none'}, and recipes for {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hasten.training.masked import MaskedLoss, masked_quality
 from hasten.training.memory import keep_freed_memory
 from hasten.training.slots import LossTerm
 from hasten.zoo.catalogue import SHIPPED, path
+from hasten.zoo.continuations import Continuations, write_continuations
 from hasten.zoo.corpus import (
     Corpus,
     FileWindows,
@@ -28,6 +30,8 @@ from hasten.zoo.corpus import (
     default_corpus,
     tokenize,
 )
+from hasten.zoo.denoisers import recipes as pictures
+from hasten.zoo.denoisers.recipes import AnyRecipe as PictureModel
 from hasten.zoo.output import (
     Card,
     checked_output,
@@ -105,6 +109,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Echo:
+    """Training on what the base writes after passages of the corpus (`zoo.continuations`)."""
+
+    texts: int
+    prompt: int  # tokens of each passage
+    training: Settings  # of one stage; its length is that of a text
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     """A masked-diffusion model made from an autoregressive one of the zoo."""
 
@@ -112,6 +125,7 @@ class Conversion:
     base: str
     training: Settings
     plan: str = "repr_align"  # techniques of the slot loss
+    echo: Echo | None = None  # a second part, in which it learns what the base itself writes
 
     def __post_init__(self) -> None:
         for technique in Plan.parse(self.plan):
@@ -169,24 +183,37 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 other_lr=1e-3,
                 compile=False,  # the states of all layers are caught by hooks
             ),
+            echo=Echo(
+                texts=6_144,
+                prompt=128,
+                training=Settings(
+                    tokens=4_000_000,
+                    stages=(Stage(length=256, share=1.0),),
+                    matrix_lr=0.005,
+                    other_lr=1e-3,
+                    compile=False,
+                ),
+            ),
         ),
     )
 }
 
 
-def recipe(name: str) -> Recipe | Conversion:
-    """The recipe of that name.
+def recipe(name: str) -> Recipe | Conversion | PictureModel:
+    """The recipe of that name, of a language model or of a picture model and its parts.
 
     Raises:
         HastenError: where there is none.
     """
-    if name not in RECIPES:
-        raise HastenError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[name]
+    found = RECIPES.get(name) or pictures.RECIPES.get(name)
+    if found is None:
+        names = ", ".join((*RECIPES, *pictures.RECIPES))
+        raise HastenError(f"no recipe named {name!r}; there are {names}")
+    return found
 
 
 def train(
-    name_or_recipe: str | Recipe | Conversion,
+    name_or_recipe: str | Recipe | Conversion | PictureModel,
     output: Path,
     *,
     threads: int | None = None,
@@ -213,15 +240,25 @@ def train(
         KeyboardInterrupt: on Ctrl-C; what was learnt is kept for `resume`.
     """
     chosen = recipe(name_or_recipe) if isinstance(name_or_recipe, str) else name_or_recipe
-    settings = replace(chosen.training, seed=seed)
-    if max_tokens is not None:
-        settings = replace(settings, tokens=min(max_tokens, settings.tokens))
-    chosen = replace(chosen, training=settings)
-    if plan is not None:
-        if not isinstance(chosen, Conversion):
-            raise HastenError(
-                f"recipe {chosen.name} takes no techniques; those that do convert a model, such as code-dlm"
-            )
+    if plan is not None and not isinstance(chosen, Conversion):
+        raise HastenError(
+            f"recipe {chosen.name} takes no techniques; those that do convert a model, such as code-dlm"
+        )
+    if not isinstance(chosen, Recipe | Conversion):
+        return pictures.train(
+            chosen,
+            output,
+            threads=threads,
+            max_tokens=max_tokens,
+            seed=seed,
+            resume=resume,
+            quiet=quiet,
+        )
+    chosen = replace(chosen, training=_adjusted(chosen.training, seed, max_tokens))
+    if isinstance(chosen, Conversion) and chosen.echo is not None:
+        echo = replace(chosen.echo, training=_adjusted(chosen.echo.training, seed, max_tokens))
+        chosen = replace(chosen, echo=echo)
+    if plan is not None and isinstance(chosen, Conversion):
         chosen = replace(chosen, plan=str(Plan.parse(plan)))
     output = checked_output(Path(output))
     corpus = default_corpus() if corpus is None else corpus
@@ -241,7 +278,7 @@ def train(
         outcome = fit(
             model,
             packed,
-            settings,
+            chosen.training,
             checkpoint=checkpoint,
             resume=resume,
             evaluate=lambda current: {
@@ -260,9 +297,16 @@ def train(
             "bits_per_byte": bits_per_byte(model, tokenizer, held_out, context=chosen.context),
             "xz_bits_per_byte": xz_bits_per_byte(held_out),
         }
-        card = export(model, tokenizer, chosen, output, outcome, corpus, packed, quality)
+        card = export(model, tokenizer, chosen, output, [outcome], corpus, packed, quality)
     checkpoint.unlink(missing_ok=True)
     return card
+
+
+def _adjusted(settings: Settings, seed: int, max_tokens: int | None) -> Settings:
+    settings = replace(settings, seed=seed)
+    if max_tokens is None:
+        return settings
+    return replace(settings, tokens=min(max_tokens, settings.tokens))
 
 
 def _convert(
@@ -284,32 +328,78 @@ def _convert(
     tokenizer.add_special_tokens({"mask_token": MASK})
     files = FileWindows(tokenize(corpus.train, tokenizer), seed=chosen.training.seed)
     held_out = FileWindows(tokenize(corpus.held_out, tokenizer)).batch(0, HELD_OUT_ROWS, 256)
-    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    beside = [
+        output.parent / f".{output.name}.{part}.safetensors"
+        for part in ("checkpoint", "texts", "echo")
+    ]
     with torch_state(threads, chosen.training.seed), keep_freed_memory():
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = copy.deepcopy(base)
         model.resize_token_embeddings(len(tokenizer))  # the new row is the mean of the others
         mask_id = tokenizer.mask_token_id
         terms = [term for term in Plan.parse(chosen.plan) if isinstance(term, LossTerm)]
-        outcome = fit(
-            model,
-            files,
-            chosen.training,
-            MaskedLoss(model, mask_id, terms),
-            checkpoint=checkpoint,
-            resume=resume,
-            evaluate=lambda current: masked_quality(current, held_out, mask_id, ratios=(0.5,)),
-            num_evaluations=10,
-            quiet=quiet,
-            label=chosen.name,
-        )
+        outcomes = [
+            fit(
+                model,
+                files,
+                chosen.training,
+                MaskedLoss(model, mask_id, terms),
+                checkpoint=beside[0],
+                resume=resume,
+                evaluate=lambda current: masked_quality(current, held_out, mask_id, ratios=(0.5,)),
+                num_evaluations=10,
+                quiet=quiet,
+                label=chosen.name,
+            )
+        ]
+        if chosen.echo is not None:
+            outcomes.append(
+                _learn_the_echo(chosen.echo, base, model, files, mask_id, beside[1:], resume, quiet)
+            )
         model.bfloat16().eval()
         model.config.is_causal = False
         model.config.mask_token_id = mask_id
         model.config.shifted_logits = True
-        quality = {"loss": outcome.final_loss} | masked_quality(model, held_out, mask_id)
-        card = export(model, tokenizer, chosen, output, outcome, corpus, files, quality)
-    checkpoint.unlink(missing_ok=True)
+        quality = {"loss": outcomes[-1].final_loss} | masked_quality(model, held_out, mask_id)
+        card = export(model, tokenizer, chosen, output, outcomes, corpus, files, quality)
+    for file in beside:
+        file.unlink(missing_ok=True)
     return card
+
+
+def _learn_the_echo(
+    echo: Echo,
+    base: LlamaForCausalLM,
+    model: LlamaForCausalLM,
+    files: FileWindows,
+    mask_id: int,
+    beside: list[Path],
+    resume: bool,
+    quiet: bool,
+) -> Outcome:
+    """Train on what the base writes. `beside`: where texts and checkpoint are kept."""
+    if not resume:
+        beside[0].unlink(missing_ok=True)
+    length = echo.training.stages[0].length
+    texts = write_continuations(
+        base.bfloat16(),
+        files,
+        beside[0],
+        count=echo.texts,
+        prompt=echo.prompt,
+        length=length,
+        quiet=quiet,
+    )
+    return fit(
+        model,
+        Continuations(texts, seed=echo.training.seed),
+        echo.training,
+        MaskedLoss(model, mask_id, prompt=echo.prompt),
+        checkpoint=beside[1],
+        resume=resume,
+        quiet=quiet,
+        label="its echo",
+    )
 
 
 def export(
@@ -317,7 +407,7 @@ def export(
     tokenizer: PreTrainedTokenizerFast,
     chosen: Recipe | Conversion,
     output: Path,
-    outcome: Outcome,
+    outcomes: list[Outcome],
     corpus: Corpus,
     packed: PackedTokens | FileWindows,
     quality: dict[str, float],
@@ -336,13 +426,19 @@ def export(
             name=chosen.name,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             data=_describe(corpus, packed),
-            training=describe_run(outcome),
+            training=_describe_runs(outcomes),
             quality=quality,
             recipe=asdict(chosen),
             sha256=weights_hash(folder),
         )
         card.save(folder / "card.json")
     return card
+
+
+def _describe_runs(outcomes: list[Outcome]) -> dict[str, Any]:
+    """How the run went; a second part stands under "echo"."""
+    first, *rest = (describe_run(outcome) for outcome in outcomes)
+    return first | ({"echo": rest[0]} if rest else {})
 
 
 def _describe(corpus: Corpus, packed: PackedTokens | FileWindows) -> dict[str, Any]:

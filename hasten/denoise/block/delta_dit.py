@@ -178,12 +178,12 @@ class DeltaDiT(Block):
         if not inside:
             return call.compute()
         if state.full:
-            return self._run(state, call, inside)
+            return self._run(state, run, call, inside)
         kept = state.kept.get((call.branch, inside[0], call.index))
         run.activity[f"{self.name}.reused"] += 1
         if kept is None:  # in the middle of what was left out
             return through(call)
-        fitting = kept.rows(run, call)
+        fitting = kept.fitted(run, call)
         assert fitting is not None  # `_begin_call` saw to it
         return fitting.onto(call)
 
@@ -198,7 +198,7 @@ class DeltaDiT(Block):
             state.since = 1 if state.full else state.since + 1
         state.call = run.call
         state.trails.clear()
-        if not state.full and not self._fits(state, run, call):
+        if not state.full and not self._fits(state, run, call.branch):
             state.full, state.since = True, 1
         last = run.index + self.interval - 1 if state.full else run.index
         steps = range(run.index + state.full, min(last, run.num_steps - 1) + 1)
@@ -207,13 +207,13 @@ class DeltaDiT(Block):
             for place in [place for place in state.kept if place[0] == call.branch]:
                 del state.kept[place]
 
-    def _fits(self, state: State, run: Run, call: BlockCall) -> bool:
-        """Whether something is kept for this call, in its size."""
+    def _fits(self, state: State, run: Run, branch: int) -> bool:
+        """Whether something is kept for all rows of this call."""
         end = self.end(run.index, run.num_steps)
-        kept = [k for (branch, e, _), k in state.kept.items() if (branch, e) == (call.branch, end)]
-        return bool(kept) and all(run.fit(k.hidden, len(call.hidden)) is not None for k in kept)
+        kept = [k for place, k in state.kept.items() if place[:2] == (branch, end)]
+        return bool(kept) and all(set(run.rows) <= set(k.rows) for k in kept)
 
-    def _run(self, state: State, call: BlockCall, ends: list[str]) -> Any:
+    def _run(self, state: State, run: Run, call: BlockCall, ends: list[str]) -> Any:
         """Run a block, and keep what the range adds up to and with it."""
         before = tokens_of(call)
         output = call.compute()
@@ -222,15 +222,16 @@ class DeltaDiT(Block):
             trail = state.trails.get(end)
             if trail is None or state.single or trail.after[0] is not before[0]:
                 # The first, or something came in between, such as a control or the text's tokens.
-                self._store(state, call.branch, end)
+                self._store(state, run, call.branch, end)
                 trail = state.trails[end] = Trail(call.index, before, after)
             trail.after = after
             if call.index == self.left_out(end, call.count)[-1]:
-                self._store(state, call.branch, end)
+                self._store(state, run, call.branch, end)
         return output
 
-    def _store(self, state: State, branch: int, end: str) -> None:
+    def _store(self, state: State, run: Run, branch: int, end: str) -> None:
         trail = state.trails.pop(end, None)
         if trail is not None:
-            kept = Kept.between(trail.before, trail.after, whole=self.keep == "output")
+            whole = self.keep == "output"
+            kept = Kept.between(run, trail.before, trail.after, whole=whole)
             state.kept[branch, end, trail.start] = kept

@@ -75,12 +75,12 @@ class RandomBlockReuse(Block):
             state.drawn = frozenset(order[: round(self.share * call.count)].tolist())
         place = (call.branch, call.index)
         kept = state.kept.get(place) if call.index in state.drawn else None
-        fitting = None if kept is None else kept.rows(run, call)
+        fitting = None if kept is None else kept.fitted(run, call)
         if fitting is not None:
             run.activity[f"{self.name}.reused"] += 1
             return fitting.onto(call)
         before = tokens_of(call)
         output = call.compute()
         if self.share > 0.0:
-            state.kept[place] = Kept.between(before, call.parts(output))
+            state.kept[place] = Kept.between(run, before, call.parts(output))
         return output

@@ -23,20 +23,22 @@ class Kept:
 
     Attributes:
         hidden, text: (rows, tokens, hidden); `text` is None where the blocks leave the text alone.
+        rows: which rows of the pipeline's call they are of.
         whole: they are the blocks' output itself, not what it adds to the input.
     """
 
     hidden: Tensor
     text: Tensor | None
+    rows: tuple[int, ...]
     whole: bool = False
 
     @classmethod
-    def between(cls, before: Tokens, after: Tokens, *, whole: bool = False) -> Kept:
+    def between(cls, run: Run, before: Tokens, after: Tokens, *, whole: bool = False) -> Kept:
         """What blocks between two places of the network added, or their output."""
         if whole:
-            return cls(*after, whole=True)
+            return cls(*after, run.rows, whole=True)
         text = None if before[1] is None or after[1] is None else after[1] - before[1]
-        return cls(after[0] - before[0], text)
+        return cls(after[0] - before[0], text, run.rows)
 
     def onto(self, call: BlockCall) -> Any:
         """The output of the blocks as it would be by this, for the input in hand."""
@@ -46,15 +48,15 @@ class Kept:
             text = text if text is None or call.text is None else call.text + text
         return call.output(hidden, call.text if text is None else text)
 
-    def rows(self, run: Run, call: BlockCall) -> Kept | None:
+    def fitted(self, run: Run, call: BlockCall) -> Kept | None:
         """The same for the rows that the call holds; None where it does not fit them."""
-        hidden, count = run.fit(self.hidden, len(call.hidden)), len(call.hidden)
+        hidden = run.fit(self.hidden, self.rows)
+        text = None if self.text is None else run.fit(self.text, self.rows)
         if hidden is None or hidden.shape != call.hidden.shape:
             return None
-        text = None if self.text is None else run.fit(self.text, count)
         if text is not None and (call.text is None or text.shape != call.text.shape):
             return None
-        return Kept(hidden, text, self.whole)
+        return Kept(hidden, text, run.rows, self.whole)
 
 
 def tokens_of(call: BlockCall) -> Tokens:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hasten.zoo.denoisers.data import Batch, ScenePictures
+from hasten.zoo.denoisers.data import Batch, SceneClips, ScenePictures
 from hasten.zoo.scenes.caption import HELD_OUT
 
 if TYPE_CHECKING:
@@ -64,3 +64,31 @@ def psnr(first: Tensor, second: Tensor) -> float:
     """Mean over pictures (rows, ...) from -1 to 1 of the peak signal-to-noise ratio, decibels."""
     error = (first.float() - second.float()).square().flatten(1).mean(dim=1) / 4
     return float((-10 * error.clamp_min(1e-12).log10()).mean())
+
+
+@torch.no_grad()
+def video_autoencoder_quality(
+    model: nn.Module, *, rows: int = 16, seed: int = 0
+) -> dict[str, float]:
+    """PSNR in decibels over the frames of held-out clips, and the latents' spread."""
+    clips = SceneClips(HELD_OUT + seed).batch(0, rows, 512).pictures
+    latents = model.encode(clips).latent_dist.mode()  # type: ignore[operator]
+    decoded = model.decode(latents).sample.clamp(-1, 1)  # type: ignore[operator]
+    return {
+        "psnr": psnr(decoded.transpose(1, 2).flatten(0, 1), clips.transpose(1, 2).flatten(0, 1)),
+        "latent_std": float(latents.float().std()),
+    }
+
+
+@torch.no_grad()
+def normalise(model: Any, data: ScenePictures | SceneClips) -> None:
+    """Have the autoencoder's scale (and of clips, each channel's) give latents of unit variance."""
+    clips = isinstance(data, SceneClips)
+    pictures = data.batch(0, 64 if clips else 256, 512 if clips else 256).pictures
+    latents = torch.cat([model.encode(part).latent_dist.mode() for part in pictures.split(32)])
+    if clips:
+        flat = latents.transpose(0, 1).flatten(1)
+        model.latents_mean.copy_(flat.mean(dim=1))
+        model.latents_std.copy_(flat.std(dim=1))
+    else:
+        model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))

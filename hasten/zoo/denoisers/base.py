@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hasten.training.loop import Settings
 from hasten.zoo.denoisers.data import Batch
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 class Denoiser(nn.Module):
@@ -31,7 +28,7 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         text_encoder: nn.Module,
-        network: nn.Module,
+        network: Any,
         autoencoder: Any,
         tokenizer: PreTrainedTokenizerFast,
     ) -> None:
@@ -49,7 +46,7 @@ class Denoiser(nn.Module):
         """The mean squared error of what the network predicts, a scalar."""
         raise NotImplementedError
 
-    def pipeline(self) -> DiffusionPipeline:
+    def pipeline(self) -> Any:
         """The parts as they are now, as a pipeline of Diffusers."""
         raise NotImplementedError
 
@@ -84,7 +81,8 @@ def noise_levels(rows: int, shift: float = 1.0) -> Tensor:
 def denoiser_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and feed-forward parts, AdamW for everything else."""
     assert isinstance(model, Denoiser)
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and any(kind in name for kind in model.hidden_kinds)
         (hidden if inner else rest).append(parameter)

@@ -34,8 +34,11 @@ class ScenePictures:
 
     seed: int = 0
     dropped: float = 0.1  # share of captions left empty, for guidance without a classifier
+    halved: float = 0.0  # share of batches that hold four times as many pictures of half the size
 
     def batch(self, index: int, rows: int, length: int) -> Batch:
+        if random.Random(index).random() < self.halved:
+            rows, length = 4 * rows, length // 4
         scenes = _scenes(self.seed, index, rows, length)
         size = PIXELS * math.isqrt(length)
         captions = _drop([caption(scene) for scene in scenes], self.dropped, index + self.seed)

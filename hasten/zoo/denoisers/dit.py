@@ -8,7 +8,7 @@ branches are calls of their own, and Diffusers' caches know its blocks.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from transformers import GlmConfig, GlmModel
 from hasten.zoo.denoisers.base import Denoiser, noise_levels
 from hasten.zoo.denoisers.data import Batch
 from hasten.zoo.denoisers.words import PAD, VOCABULARY, word_tokenizer
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 WORDS = 16  # tokens that every caption is padded to
 SHIFT = 1.5  # of the noise levels in training
@@ -40,7 +37,7 @@ class SceneDiT(Denoiser):
         from diffusers import CogView4Transformer2DModel
 
         channels = autoencoder.config.latent_channels
-        network = CogView4Transformer2DModel(
+        network: Any = CogView4Transformer2DModel(
             patch_size=1,
             in_channels=channels,
             out_channels=channels,
@@ -95,7 +92,7 @@ class SceneDiT(Denoiser):
         )[0]
         return (predicted.float() - target).square().mean()
 
-    def pipeline(self) -> DiffusionPipeline:
+    def pipeline(self) -> Any:
         from diffusers import CogView4Pipeline, FlowMatchEulerDiscreteScheduler
 
         return CogView4Pipeline(
@@ -138,14 +135,14 @@ def _glm_config(dim: int) -> GlmConfig:
     )
 
 
-def _start_modulation(network: nn.Module) -> None:
+def _start_modulation(network: Any) -> None:
     """Begin with blocks that do not depend on time and an output of 0; both are learnt quickly."""
-    for block in network.transformer_blocks:  # type: ignore[union-attr]
-        linear = block.norm1.linear  # type: ignore[union-attr]
-        nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    for block in network.transformer_blocks:
+        linear = block.norm1.linear
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
         with torch.no_grad():
             # 12 equal parts; numbers 4, 5, 10 and 11 are the gates.
-            linear.bias.unflatten(0, (12, -1))[[4, 5, 10, 11]] = 0.5  # type: ignore[union-attr]
-    nn.init.zeros_(network.proj_out.weight)  # type: ignore[union-attr, arg-type]
-    nn.init.zeros_(network.proj_out.bias)  # type: ignore[union-attr, arg-type]
+            linear.bias.unflatten(0, (12, -1))[[4, 5, 10, 11]] = 0.5
+    nn.init.zeros_(network.proj_out.weight)
+    nn.init.zeros_(network.proj_out.bias)

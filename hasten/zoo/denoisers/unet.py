@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from hasten.zoo.denoisers.base import Denoiser, noise_levels
 from hasten.zoo.denoisers.data import Batch
 from hasten.zoo.denoisers.words import END, PAD, START, VOCABULARY, word_tokenizer
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiffusionPipeline
 
 WORDS = 16  # tokens that every caption is padded to
 
@@ -35,7 +32,7 @@ class SceneUNet(Denoiser):
         channels = autoencoder.config.latent_channels
         # Attention at every size but the smallest, as in Stable Diffusion.
         across = len(widths) - 1
-        network = UNet2DConditionModel(
+        network: Any = UNet2DConditionModel(
             sample_size=cells,
             in_channels=channels,
             out_channels=channels,
@@ -70,7 +67,7 @@ class SceneUNet(Denoiser):
         predicted = self.network(noisy, times, self.text(batch.captions), return_dict=False)[0]
         return (predicted.float() - noise).square().mean()
 
-    def pipeline(self) -> DiffusionPipeline:
+    def pipeline(self) -> Any:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(
@@ -85,7 +82,7 @@ class SceneUNet(Denoiser):
         )
 
 
-def ddim() -> DDIMScheduler:
+def ddim() -> Any:
     """Stable Diffusion's noise schedule, for DDIM."""
     from diffusers import DDIMScheduler
 

@@ -17,7 +17,7 @@ from hasten.zoo.denoisers.data import PIXELS, Batch
 from hasten.zoo.denoisers.words import PAD, VOCABULARY, word_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLLTXVideo, DiffusionPipeline
+    from diffusers import AutoencoderKLLTXVideo
 
 PADDED = 128  # tokens that the pipeline pads captions to
 WORDS = 24  # of these, how many training looks at; the longest caption has 17
@@ -66,7 +66,7 @@ class SceneVideo(Denoiser):
         from diffusers import LTXVideoTransformer3DModel
 
         channels = autoencoder.config.latent_channels
-        network = LTXVideoTransformer3DModel(
+        network: Any = LTXVideoTransformer3DModel(
             in_channels=channels,
             out_channels=channels,
             num_attention_heads=heads,
@@ -129,7 +129,7 @@ class SceneVideo(Denoiser):
         scaled: Tensor = (latents - mean) * self.autoencoder.config.scaling_factor / std
         return scaled
 
-    def pipeline(self) -> DiffusionPipeline:
+    def pipeline(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
 
         return LTXPipeline(

@@ -45,9 +45,10 @@ def read(pictures: Tensor) -> list[Scene]:
     """
     pictures = _checked(pictures)
     found: list[Scene] = []
-    for part in pictures.split(256):
-        smooth, passes = _smooth(part)
-        found += _read(smooth, passes)
+    with torch.autocast("cpu", enabled=False):  # bf16 would blur what is measured
+        for part in pictures.split(32):
+            smooth, passes = _smooth(part)
+            found += _read(smooth, passes)
     return found
 
 
@@ -71,7 +72,9 @@ def attributes(pictures: Tensor, wanted: Sequence[Scene]) -> list[Attributes]:
     """Compare pictures with the scenes that they should show.
 
     Wanted are the number of objects, the ground's tone, each object's colour, shape, size and
-    fill, and where the first of two objects stands. Objects are matched so that most is found.
+    fill, and where the first of two objects stands. Only an object of the right colour counts as
+    found: shape, size, fill and relation are looked for in found ones. Objects are matched so that
+    most is right.
 
     Args:
         pictures: as `read`.
@@ -83,9 +86,13 @@ def attributes(pictures: Tensor, wanted: Sequence[Scene]) -> list[Attributes]:
     return [compare(scene, other) for scene, other in zip(scenes, wanted, strict=True)]
 
 
-def compare(shown: Scene, wanted: Scene) -> Attributes:
-    """As `attributes`, of one scene that was read before."""
-    objects, relation = _best_match(shown, wanted)
+def compare(shown: Scene, wanted: Scene, *, relation: bool = True) -> Attributes:
+    """As `attributes`, of one scene that was read before.
+
+    Args:
+        relation: whether the relation of two objects is wanted.
+    """
+    objects, holds = _best_match(shown, wanted, wanted.relation if relation else None)
     found = {
         "count": float(len(shown.objects) == len(wanted.objects)),
         "ground": float(shown.ground.tone == wanted.ground.tone),
@@ -94,8 +101,8 @@ def compare(shown: Scene, wanted: Scene) -> Attributes:
     for kind, hits in objects.items():
         found[kind] = hits / len(wanted.objects)
         weights[kind] = len(wanted.objects)
-    if relation is not None:
-        found["relation"] = float(relation)
+    if holds is not None:
+        found["relation"] = float(holds)
         weights["relation"] = 1
     share = sum(found[kind] * weights[kind] for kind in found) / sum(weights.values())
     return Attributes(share, all(value == 1 for value in found.values()), found)
@@ -116,7 +123,9 @@ def mean_attributes(results: Sequence[Attributes]) -> dict[str, float]:
 _KINDS = ("colour", "shape", "size", "fill")
 
 
-def _best_match(shown: Scene, wanted: Scene) -> tuple[dict[str, int], bool | None]:
+def _best_match(
+    shown: Scene, wanted: Scene, relation: str | None
+) -> tuple[dict[str, int], bool | None]:
     """How many objects have each attribute under the best pairing, and whether the relation holds.
 
     Where too few objects are shown, those missing have nothing.
@@ -128,22 +137,21 @@ def _best_match(shown: Scene, wanted: Scene) -> tuple[dict[str, int], bool | Non
             (shown.objects[i] if i < len(shown.objects) else None, thing)
             for i, thing in zip(order, wanted.objects, strict=True)
         ]
+        found = [
+            (seen, thing)
+            for seen, thing in pairs
+            if seen is not None and seen.colour == thing.colour
+        ]
         hits = {
-            kind: sum(
-                seen is not None and getattr(seen, kind) == getattr(thing, kind)
-                for seen, thing in pairs
-            )
+            kind: sum(getattr(seen, kind) == getattr(thing, kind) for seen, thing in found)
             for kind in _KINDS
         }
-        relation = None
-        if wanted.relation is not None:
-            first, second = pairs[0][0], pairs[1][0]
-            relation = (
-                first is not None and second is not None and _holds(wanted.relation, first, second)
-            )
-        score = sum(hits.values()) + bool(relation)
+        holds = None
+        if relation is not None:
+            holds = len(found) == 2 and _holds(relation, found[0][0], found[1][0])
+        score = sum(hits.values()) + bool(holds)
         if best is None or score > best[0]:
-            best = score, hits, relation
+            best = score, hits, holds
     assert best is not None
     return best[1], best[2]
 
@@ -349,17 +357,17 @@ def _fit(regions: _Outlines, passes: Tensor, size: int) -> list[tuple[int, Objec
     found = []
     for i, index in enumerate(chosen.tolist()):
         shape, fill = _CANDIDATES[int(best[i])]
-        radius = float(radii[int(best[i])][i])
+        reach = float(radii[int(best[i])][i])
         if float(least[i]) > _WORST_FIT:
             shape = fill = UNCLEAR
         thing = Object(
             shape,
             list(COLOURS)[int(regions.colour[index])],
-            "small" if radius < _LIMIT_OF_SMALL else "big",
+            "small" if reach < _LIMIT_OF_SMALL else "big",
             fill,
             float(x[i]),
             float(y[i]),
-            radius,
+            reach,
         )
         found.append((int(regions.owner[index]), thing))
     return found

@@ -1,0 +1,138 @@
+"""Adaptive Guidance: the unconditional branch runs until it says what the conditional one says.
+
+"Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models" (arXiv 2312.12487),
+after the paper; it comes with no code. After each step with both branches their predictions are
+compared by the cosine between them, and from the step after the one that reaches a threshold on,
+the conditional branch runs alone. The switch is for good, and each sample of a batch has its own.
+
+LinearAG, also of the paper, takes the unconditional prediction at other steps from earlier ones, by
+scalar coefficients that are fitted once per model, number of steps and guidance scale. Inferred: in
+the first half of sampling every other step runs both branches; the rest is taken from the fit until
+a sample has switched.
+
+The paper compares the networks' predictions of noise. A network that predicts a flow speaks of no
+noise but the sample itself where sampling begins, so for those the predicted clean samples are
+compared, as widely used ports do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.denoise.guidance import like
+from hasten.denoise.levels import is_flow
+from hasten.denoise.network import Call
+from hasten.denoise.run import Run, Step
+from hasten.denoise.slots import Guider
+from hasten.technique import Card, Claim, Contract, Loss, Rival, Slot, knob, technique
+
+NEVER = 1.0  # a cosine that no pair of predictions passes
+
+
+@dataclass
+class State:
+    """One call.
+
+    Attributes:
+        switched: (samples,) whose unconditional branch runs no more; None before the first step.
+        cosines: (samples,) of each step that compared, in order; NaN where a sample did not.
+    """
+
+    switched: Tensor | None
+    cosines: list[Tensor]
+
+
+@technique("adaptive_guidance")
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveGuidance(Guider):
+    """Stops guiding each sample once both branches agree."""
+
+    card: ClassVar[Card] = Card(
+        title="Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models",
+        paper="adaptive_guidance",
+        family="diffusion",
+        loss=Loss.LOSSY,
+        link="https://arxiv.org/abs/2312.12487",
+        year=2023,
+        claims=(
+            Claim(
+                "network evaluations saved",
+                0.25,
+                "EMU-768 and LDM-512, 20 steps of DPM-Solver++, guidance 7.5, preferred as often",
+            ),
+        ),
+        neutral={"threshold": NEVER},
+        rival=Rival(
+            "fixed_guidance_cut(first=0.35, last=1.0)",
+            "psnr",
+            "guides the end of the way instead of its beginning",
+        ),
+        saves="guidance",
+        notes=(
+            "Saves at most the unconditional branch, half of a guided model's work. Without guidance "
+            "there is nothing to leave out, and it is inactive. Pipelines that run the unconditional "
+            "branch first, in a call of its own, keep it."
+        ),
+    )
+    contract: ClassVar[Contract] = Contract(slots=(Slot.GUIDER,))
+
+    threshold: float = knob(
+        0.99,
+        "cosine between the branches from which a sample is guided no more; lower saves more and "
+        "drifts more; 1 never stops, -1 stops after the first step",
+        low=-1.0,
+        high=NEVER,
+    )
+    compare_as: str = knob(
+        "auto",
+        "what is compared: predicted noise, predicted clean samples, or the network's output; auto "
+        "takes noise, and clean samples of a flow",
+        choices=("auto", "noise", "clean", "output"),
+    )
+
+    def begin(self, run: Run, bound: Any) -> State:
+        """See `DenoiseTechnique.begin`."""
+        return State(None, [])
+
+    def wanted(self, state: State, run: Run, call: Call) -> Tensor:
+        """The samples that have not switched."""
+        assert state.switched is not None, "asked before any step was compared"
+        return ~state.switched
+
+    def compare(
+        self, state: State, run: Run, conditional: Tensor, unconditional: Tensor, step: Step
+    ) -> None:
+        """Compare the branches of the samples for which both ran."""
+        if state.switched is None:
+            state.switched = torch.zeros(len(conditional), dtype=torch.bool)
+        compared = ~state.switched
+        found = self.cosine(run, conditional, unconditional, step)
+        state.cosines.append(found.masked_fill(~compared, torch.nan))
+        switching = compared & (found >= self.threshold)
+        if self.threshold < NEVER and bool(switching.any()):
+            count = int(switching.sum())
+            state.switched = state.switched | switching
+            run.activity[f"{self.name}.switched"] += count
+            run.activity[f"{self.name}.switched_at_{step.index + 1}"] += count
+
+    def cosine(self, run: Run, conditional: Tensor, unconditional: Tensor, step: Step) -> Tensor:
+        """(samples,) cosine between both branches' predictions, on the CPU."""
+        what = self.compare_as
+        if what == "auto":
+            what = "clean" if is_flow(run.scheduler) else "noise"
+        assert run.guidance is not None
+        pair = [
+            like(output, step.sample).double() * run.guidance.sign
+            for output in (conditional, unconditional)
+        ]
+        if what != "output":
+            level, sample = run.level(step), step.sample.double()
+            speak = level.clean if what == "clean" else level.noise
+            pair = [speak(output, sample) for output in pair]
+        first, second = (tensor.flatten(1) for tensor in pair)
+        product = (first * second).sum(dim=1)
+        return (product / (first.norm(dim=1) * second.norm(dim=1)).clamp(min=1e-30)).cpu()

@@ -1,0 +1,304 @@
+"""SADA: its criterion, its estimates and its tokens beside plain versions of the sheet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hasten
+from hasten.denoise.blocks import BlockCall
+from hasten.denoise.gate.sada import AHEAD
+from hasten.denoise.gate.token_choice import TokenCache, shorten
+from hasten.errors import PlanError, SubjectError
+from hasten.plan import Plan
+from tests import pipelines
+from tests.techniques.trajectories import ddim, dpm, flow, mixture, psnr, record, toy
+
+
+def test_the_weights_of_the_foretold_state_sum_to_one() -> None:
+    assert sum(AHEAD) == 1.0
+
+
+def lagrange(nodes: list[tuple[int, Tensor]], place: int) -> Tensor:
+    total = torch.zeros_like(nodes[0][1])
+    for here, value in nodes:
+        weight = 1.0
+        for other, _ in nodes:
+            if other != here:
+                weight *= (place - other) / (here - other)
+        total += weight * value
+    return total
+
+
+def noise_reference(rule: Any, scheduler: Any, x: Tensor, most: int, late: int) -> Any:
+    """Steps 1 to 6 of the sheet for a noise model: the last sample, and which steps ran."""
+    scheduler.set_timesteps(50)
+    times, shares = scheduler.timesteps, scheduler.alphas_cumprod
+    slopes: list[Tensor] = []
+    nodes: list[tuple[int, Tensor]] = []
+    skip, in_late, skips, ran = False, False, 0, []
+    eps, x_hat = x, x
+    for i, t in enumerate(times):
+        share = float(shares[int(t)])
+        a, s = share**0.5, (1 - share) ** 0.5
+        if not skip:
+            eps = rule(x, float(t))
+            clean = (x - s * eps) / a
+        elif in_late:
+            clean = lagrange(nodes, i)
+        else:
+            clean = (x_hat - s * eps) / a
+        ran.append(not skip)
+        if i % 4 == 1:
+            nodes = [*nodes, (i, clean)][-4:]
+        b, n = float(scheduler.betas[int(t)]), 50
+        f = -0.5 * b * n * x + 0.5 * b * n / s * eps
+        slopes = [*slopes, f][-3:]
+        x_next = scheduler.step((x - a * clean) / s, t, x, return_dict=False)[0]
+        skip = False
+        if 10 <= i < 47:
+            f0, f1, f2 = reversed(slopes)
+            x_hat = x - (0.625 * f0 + 0.75 * f1 - 0.375 * f2) / n
+            m = (x_next - x_hat) * (f0 - 2 * f1 + f2)
+            in_late = i >= late
+            skip = i % 4 != 0 if in_late else float(m.mean()) <= 0
+            skip = skip and skips < most
+        skips = skips + 1 if skip else 0
+        x = x_next
+    return x, ran
+
+
+@pytest.mark.parametrize("make", [dpm, ddim])
+@pytest.mark.parametrize(("most", "late"), [(4, 24), (2, 24), (4, 48)])
+def test_every_step_of_a_noise_model_is_the_sheets(make: Any, most: int, late: int) -> None:
+    for seed in range(3):
+        pipe = toy(mixture(kind=ddim()), make())
+        plan = f"sada(max_skips={most}, late={late / 50})"
+        noted = record(pipe, plan, seed=seed, num_inference_steps=50)
+        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        expected, ran = noise_reference(mixture(kind=ddim()), make(), start, most, late)
+        assert noted.ran == ran
+        assert torch.allclose(noted.sample, expected, atol=2e-3)
+        assert noted.longest <= most and noted.calls < 50
+
+
+def flow_reference(rule: Any, scheduler: Any, x: Tensor, most: int, late: int) -> Any:
+    """The same for a flow model; history holds what the calls made, skipped ones the last again."""
+    scheduler.set_timesteps(50)
+    history: list[Tensor] = []
+    skip, skips, ran = False, 0, []
+    for i, t in enumerate(scheduler.timesteps):
+        made = history[-1] if skip else rule(x, float(t))
+        history = [*history, made][-3:]
+        used = 2 * history[-2] - history[-3] if skip else made
+        ran.append(not skip)
+        x = scheduler.step(used, t, x, return_dict=False)[0]
+        straight = skip
+        skip = False
+        if 10 <= i < 47:
+            m = -(history[-1] - history[-2]) + (history[-2] - history[-3])
+            stable = straight or float(m.mean()) <= 0
+            skip = (i % 4 != 0 if i >= late else stable) and skips < most
+        skips = skips + 1 if skip else 0
+    return x, ran
+
+
+@pytest.mark.parametrize(("most", "late"), [(4, 24), (4, 48), (1, 48)])
+def test_every_step_of_a_flow_model_is_the_sheets(most: int, late: int) -> None:
+    for seed in range(3):
+        plan = f"sada(max_skips={most}, late={late / 50})"
+        noted = record(toy(mixture(), flow()), plan, seed=seed, num_inference_steps=50)
+        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        expected, ran = flow_reference(mixture(), flow(), start, most, late)
+        assert noted.ran == ran and torch.allclose(noted.sample, expected, atol=1e-5)
+        assert noted.longest <= most
+        assert noted.run.activity["sada.predicted"] == noted.run.activity["skipped"]
+
+
+def test_a_velocity_that_is_linear_in_time_is_followed_exactly() -> None:
+    """Single skips between neighbours that ran; the gap of longer runs is the released code's."""
+    generator = torch.Generator().manual_seed(1)
+    rise = torch.randn(1, 4, 8, 8, generator=generator)
+    pipe = toy(lambda x, t: 0.3 + t / 1000 * rise, flow())
+    noted = record(pipe, "sada(max_skips=1, late=1)", num_inference_steps=50)
+    first = next(step for step in noted.steps if not step.ran)
+    assert torch.allclose(first.output, 0.3 + float(first.timestep) / 1000 * rise, atol=1e-5)
+
+
+def cubic(steps: int = 50) -> Any:
+    """The noise that speaks of a clean sample that is a cubic of the step."""
+    scheduler = ddim()
+    scheduler.set_timesteps(steps)
+    places = {float(t): i for i, t in enumerate(scheduler.timesteps)}
+
+    def rule(sample: Tensor, t: float) -> Tensor:
+        share = float(scheduler.alphas_cumprod[int(t)])
+        place = places[t] / 50
+        clean = 0.5 + place - 2 * place**2 + 1.5 * place**3
+        return (sample - share**0.5 * clean) / (1 - share) ** 0.5
+
+    return rule
+
+
+def test_late_steps_reproduce_a_cubic() -> None:
+    pipe = toy(cubic(), dpm())
+    full = record(pipe, num_inference_steps=50)
+    noted = record(pipe, "sada(start=0.48)", num_inference_steps=50)
+    assert noted.run.activity["sada.interpolated"] == noted.run.activity["skipped"] > 10
+    assert torch.allclose(noted.sample, full.sample, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["dit", "unet", "cogview4", "pixart"])
+@pytest.mark.parametrize("knobs", ["end=0.0", "start=1.0"])
+def test_neutral_is_the_pipeline_itself(family: str, knobs: str) -> None:
+    pipe = pipelines.tiny(family)
+    expected = pipelines.picture(pipe(**pipelines.call(family, num_inference_steps=12)))
+    with hasten.apply(pipe, f"sada({knobs})") as fast:
+        made = fast(**pipelines.call(family, num_inference_steps=12))
+        assert "skipped" not in fast.activity
+    assert torch.equal(pipelines.picture(made), expected)
+
+
+def test_few_steps_are_left_alone() -> None:
+    assert record(toy(mixture(), flow()), "sada(start=0, end=1)", num_inference_steps=8).calls == 8
+
+
+def test_which_steps_run_depends_on_the_sample() -> None:
+    patterns = {
+        tuple(record(toy(mixture(), flow()), "sada", seed=seed, num_inference_steps=50).ran)
+        for seed in range(12)
+    }
+    assert len(patterns) > 2
+
+
+def test_the_opposite_criterion_skips_other_steps() -> None:
+    pipe = toy(mixture(kind=ddim()), dpm())
+    kept = [
+        record(pipe, f"sada(criterion={kind}, late=1)", seed=3, num_inference_steps=50).ran
+        for kind in ("stable", "unstable", "random")
+    ]
+    assert kept[0] != kept[1] != kept[2] != kept[0]
+
+
+def test_the_foretold_state_makes_another_clean_sample_than_the_solvers() -> None:
+    pipe = toy(mixture(kind=ddim()), dpm())
+    ahead, current = (
+        record(pipe, f"sada(rebuild={state}, late=1)", seed=1, num_inference_steps=50)
+        for state in ("ahead", "current")
+    )
+    first = ahead.ran.index(False)
+    assert not torch.allclose(ahead.steps[first].output, current.steps[first].output)
+
+
+def test_euler_runs_in_its_own_parametrisation() -> None:
+    """Its samples are scaled; the same model by DDIM and by Euler skips much the same steps."""
+    pipe = pipelines.tiny("sdxl")
+    with hasten.apply(pipe, "sada") as fast:
+        made = pipelines.picture(fast(**pipelines.call("sdxl", num_inference_steps=20)))
+        assert fast.activity["skipped"] > 3 and bool(made.isfinite().all())
+    plain = pipelines.picture(pipe(**pipelines.call("sdxl", num_inference_steps=20)))
+    assert psnr(made, plain) > 25
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"]
+)
+def test_samplers_that_add_noise_are_refused(scheduler: str) -> None:
+    with pytest.raises(SubjectError, match="adds noise"):
+        hasten.apply(pipelines.tiny("unet", scheduler=scheduler), "sada")
+
+
+# ----------------------------------------------------------------------------------------- tokens
+TOKEN_FAMILIES = ["dit", "sd3", "flux", "pixart", "cogview4", "wan", "cogvideox", "ltx"]
+
+
+class Permuting:
+    """In the place of the token part: blocks run on all tokens, in another order."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def block(self, state: Any, run: Any, call: BlockCall) -> Any:
+        hidden = call.hidden
+        order = torch.randperm(hidden.shape[1], generator=torch.Generator().manual_seed(call.index))
+        self.seen += 1
+        shorten(call, order)
+        made, text = call.parts(call.compute())
+        return call.output(torch.empty_like(made).index_copy(1, order, made), text)
+
+
+@pytest.mark.parametrize("family", TOKEN_FAMILIES)
+def test_tokens_take_their_positions_with_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens in any order, each with its own position, make what they make in order."""
+    from hasten.denoise.gate.sada import Sada
+
+    pipe = pipelines.tiny(family)
+    expected = pipelines.picture(pipe(**pipelines.call(family)))
+    permuting = Permuting()
+    monkeypatch.setattr(
+        Sada, "block", lambda self, state, run, call: permuting.block(state, run, call)
+    )
+    with hasten.apply(pipe, "sada(tokens=0.5)") as fast:
+        made = pipelines.picture(fast(**pipelines.call(family)))
+    assert permuting.seen > 0
+    assert torch.allclose(made, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["dit", "wan", "auraflow"])
+def test_all_tokens_kept_is_the_block_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathering and scattering is the identity, bit for bit."""
+
+    def choose(self: TokenCache, score: Tensor, luck: torch.Generator) -> None:
+        self.score = torch.ones_like(score.mean(dim=0, keepdim=True))
+
+    monkeypatch.setattr(TokenCache, "choose", choose)
+    call = pipelines.call(family, num_inference_steps=20)
+    pipe = pipelines.tiny(family)
+    with hasten.apply(pipe, "sada(max_skips=1, late=1, criterion=unstable)") as fast:
+        expected = pipelines.picture(fast(**call))
+    call = pipelines.call(family, num_inference_steps=20)
+    plan = "sada(max_skips=1, late=1, criterion=unstable, tokens=1.0)"
+    with hasten.apply(pipe, plan) as fast:
+        made = pipelines.picture(fast(**call))
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("family", ["dit", "wan", "auraflow", "cogview4"])
+def test_some_tokens_keep_what_blocks_made_of_them(family: str) -> None:
+    pipe = pipelines.tiny(family)
+    plan = "sada(max_skips=3, late=1, criterion=random, tokens=0.3)"
+    with hasten.apply(pipe, plan) as fast:
+        made = pipelines.picture(fast(**pipelines.call(family, num_inference_steps=30)))
+        counted = fast.activity
+        assert counted["sada.tokens_left_out"] > 0 and counted["sada.tokens_kept"] > 0
+    share = counted["sada.tokens_kept"] / (
+        counted["sada.tokens_kept"] + counted["sada.tokens_left_out"]
+    )
+    assert share < 0.6 and bool(made.isfinite().all())
+
+
+def test_the_token_part_takes_the_block_slot() -> None:
+    Plan.parse("sada, random_block_reuse")
+    with pytest.raises(PlanError, match="block"):
+        Plan.parse("sada(tokens=0.5), random_block_reuse")
+
+
+@pytest.mark.parametrize(("family", "reason"), [("unet", "no list"), ("sana", "grid")])
+def test_blocks_that_need_all_tokens_are_named(family: str, reason: str) -> None:
+    with pytest.raises(SubjectError, match=reason):
+        hasten.apply(pipelines.tiny(family), "sada(tokens=0.5)")
+
+
+@pytest.mark.parametrize("family", ["flux", "sdxl", "cogview4", "ltx", "cogvideox"])
+def test_it_runs_on_every_kind_and_again(family: str) -> None:
+    pipe = pipelines.tiny(family)
+    with hasten.apply(pipe, "sada") as fast:
+        first = pipelines.picture(fast(**pipelines.call(family, num_inference_steps=20)))
+        assert fast.activity["skipped"] > 0
+        again = pipelines.picture(fast(**pipelines.call(family, num_inference_steps=20)))
+    assert torch.equal(first, again) and bool(first.isfinite().all())

@@ -15,7 +15,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+# Files are spread over the processors; a file's tests share what they make.
+PYTEST_ARGS ?= -n auto --dist loadfile
 DEMO_PLAN ?= --with medusa
 
 # python3.11 where it runs, else any python3 of at least that version.

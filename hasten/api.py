@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hasten.causal.engine import CausalModel
 from hasten.causal.engine import prepare as prepare_causal
 from hasten.denoise.engine import DenoiseModel
+from hasten.denoise.inputs import own_prompts
 from hasten.errors import PlanError
 from hasten.home import atomic_write
 from hasten.masked.engine import MaskedModel
@@ -63,10 +64,10 @@ def put(
     check_engine(subject, plan)
     if subject.engine == "causal":
         return CausalModel(subject, plan, runner=runner, parts=parts)
+    if subject.engine == "denoise":
+        return DenoiseModel(subject, plan, runner=runner, parts=parts)
     if runner != "eager":
         raise PlanError(f"The {subject.engine} engine runs on 'eager' only, not on {runner!r}.")
-    if subject.engine == "denoise":
-        return DenoiseModel(subject, plan, parts=parts)
     return MaskedModel(subject, plan, parts=parts)
 
 
@@ -97,7 +98,8 @@ def prepare(
 
     Args:
         texts: documents that a language model learns from.
-        prompts: what a Diffusers pipeline learns from: texts, or classes; `texts` where none.
+        prompts: what a Diffusers pipeline learns from: texts, or classes. By default `texts`, or for
+            a model of the zoo captions like those that it learned from.
         arguments: further arguments of a pipeline's call, such as its size or guidance scale.
         steps: optimiser steps; None takes each technique's own default.
         write: also save the parts in the user's data folder, where `apply` finds them.
@@ -110,7 +112,7 @@ def prepare(
         steps,
         seed,
         tick,
-        prompts=list(prompts or texts),
+        prompts=list(prompts or texts or own_prompts(subject)),
         arguments=dict(arguments or {}),
     )
     made = prepare_causal(subject, parsed, preparation)
@@ -152,6 +154,6 @@ def load(
     parts = {}
     for technique in plan:
         path = place / f"{technique.name}.safetensors"
-        if technique.card.trained or path.is_file():
+        if technique.trained or path.is_file():
             parts[technique.name] = load_part(path, technique, subject.hash)
     return put(subject, plan, runner=runner, parts=parts)

@@ -109,7 +109,7 @@ def parts_for(technique: Technique, subject: Subject, given: Mapping[str, Parts]
     """
     if technique.name in given:
         return given[technique.name]
-    if not technique.card.trained:
+    if not technique.trained:
         return {}
     found = find(technique, subject.hash)
     if found is None:

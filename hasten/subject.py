@@ -201,6 +201,12 @@ def pipeline_subject(pipe: Any, name: str) -> Subject:
         SubjectError: where it has no network that removes noise step by step.
     """
     network = networks(pipe)[0]
+    scheduler = getattr(pipe, "scheduler", None)
+    if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+        raise SubjectError(
+            f"{type(pipe).__name__} has no scheduler that makes steps, and the denoise engine works on "
+            "those; it runs pipelines that denoise step by step."
+        )
     for module in networks(pipe):
         module.eval()
     return Subject(network, name, pipe=pipe)

@@ -202,6 +202,11 @@ class Technique:
         """What the technique may change at these knobs; the card says it for the defaults."""
         return self.card.loss
 
+    @property
+    def trained(self) -> bool:
+        """Whether it needs parts at these knobs; the card says it for the defaults."""
+        return self.card.trained
+
     def terms(self) -> Contract:
         """The contract at these knobs: some turn a part of the technique off, and free its slot."""
         return self.contract
@@ -256,6 +261,9 @@ def _check_limits(name: str, knob_name: str, value: Any, limits: Knob) -> None:
 BUILT_IN: dict[str, str] = {
     "a_star_decoding": "hasten.causal.controller.a_star_decoding",
     "adaptive_guidance": "hasten.denoise.guider.adaptive_guidance",
+    "adaspa": "hasten.denoise.attention.adaspa",
+    "auto_diffusion": "hasten.denoise.schedule.auto_diffusion",
+    "bottleneck_sampling": "hasten.denoise.state.bottleneck_sampling",
     "confidence_threshold": "hasten.masked.committer.confidence_threshold",
     "d2o": "hasten.causal.kv.d2o",
     "delta_dit": "hasten.denoise.block.delta_dit",
@@ -266,27 +274,37 @@ BUILT_IN: dict[str, str] = {
     "easy_cache": "hasten.denoise.gate.easy_cache",
     "elastic_cache": "hasten.causal.kv.elastic_cache",
     "entropy_adaptive_decoding": "hasten.causal.controller.entropy_adaptive_decoding",
+    "faster_cache": "hasten.denoise.gate.faster_cache",
     "fewer_steps": "hasten.denoise.schedule.fewer_steps",
+    "first_block_cache": "hasten.denoise.gate.first_block_cache",
     "fixed_guidance_cut": "hasten.denoise.guider.fixed_guidance_cut",
     "fixed_steps": "hasten.masked.committer.fixed_steps",
     "freecache": "hasten.masked.window.freecache",
     "freedave": "hasten.masked.candidates.freedave",
+    "grat": "hasten.denoise.attention.grat",
     "harmonica": "hasten.denoise.block.harmonica",
     "heavy_hitter": "hasten.causal.kv.heavy_hitter",
     "just_in_time": "hasten.denoise.state.just_in_time",
     "kv_prediction": "hasten.causal.prefill.kv_prediction",
     "lexical_unit_decoding": "hasten.causal.emission.lexical_unit_decoding",
+    "mag_cache": "hasten.denoise.gate.mag_cache",
     "medusa": "hasten.causal.drafter.medusa",
     "prefix_kv": "hasten.causal.kv.prefix_kv",
     "prompt_lookup": "hasten.causal.drafter.prompt_lookup",
+    "pyramid_attention_broadcast": "hasten.denoise.gate.pyramid_attention_broadcast",
     "random_block_reuse": "hasten.denoise.block.random_block_reuse",
     "random_eviction": "hasten.causal.kv.random_eviction",
+    "random_key_blocks": "hasten.denoise.attention.random_key_blocks",
     "recycled_attention": "hasten.causal.kv.recycled_attention",
     "repr_align": "hasten.training.loss.repr_align",
     "reuse_always": "hasten.denoise.gate.reuse_always",
+    "rollover_budget_forcing": "hasten.denoise.state.rollover_budget_forcing",
     "saber": "hasten.masked.remasker.saber",
     "sada": "hasten.denoise.gate.sada",
+    "sea_cache": "hasten.denoise.gate.sea_cache",
     "sinks_recent": "hasten.causal.kv.sinks_recent",
+    "stream_diffusion": "hasten.denoise.state.stream_diffusion",
+    "taylorseer_cache": "hasten.denoise.gate.taylorseer_cache",
     "zeus": "hasten.denoise.gate.zeus",
 }
 ENTRY_POINTS = "hasten.techniques"

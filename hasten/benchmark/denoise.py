@@ -1,6 +1,7 @@
 """The benchmark of Diffusers pipelines: the pipeline as it is, and every plan, in turns.
 
-The baseline is the pipeline's own loop at the given number of steps, in the faster dtype. Pictures
+The baseline is the pipeline's own loop at the given number of steps, in the faster dtype and on the
+faster runner. Pictures
 are compared pair by pair with the baseline's from the same noise. For the models of the zoo they
 are also judged by what they show: an exact reader says which of the things that the caption asks
 for are there, and a small classifier's features say how far the set is from real scenes.
@@ -9,7 +10,7 @@ for are there, and a small classifier's features say how far the set is from rea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from hasten.benchmark.judge import estimate_entry
 from hasten.benchmark.scenes import SceneJudge, scene_judge
 from hasten.benchmark.verdict import own_activity, verdict
+from hasten.denoise.compiled import RUNNERS
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.shares import Shares, measure_shares
 from hasten.errors import HastenError
@@ -30,6 +32,7 @@ from hasten.measure.image_quality import psnr, ssim
 from hasten.measure.limits import Limits
 from hasten.measure.machine import machine, versions
 from hasten.measure.memory import peak_memory
+from hasten.measure.pictures import Samples
 from hasten.measure.stats import bootstrap_interval, recovery
 from hasten.plan import Plan
 from hasten.subject import Subject
@@ -41,8 +44,10 @@ Array = NDArray[np.float64]
 
 BASELINE = "baseline"
 STEPS = 50
+CHOICE_ROUNDS = 5  # in which the baseline's settings are compared
 NUM_TIMED = 2  # pictures of a timed call series
 NUM_PICTURES = 32  # pictures for quality
+NUM_SHOWN = 6  # pictures in the report
 BROKEN_DB = 10.0  # a lossy plan whose pictures are less like the original's than this is broken
 
 # What somebody who gives no prompt to a pipeline that we know nothing of gets.
@@ -83,30 +88,52 @@ class DenoiseJob:
     contenders: dict[str, DenoiseModel] = field(default_factory=dict)
     activity: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def bind(self) -> None:
-        """Put all plans on the subject."""
-        self.contenders = {
-            str(plan) or BASELINE: DenoiseModel(self.subject, plan, exclusive=False)
-            for plan in [Plan(()), *self.plans]
-        }
+    def bind(self, runner: str, *, forced: bool) -> None:
+        """Put all plans on the subject, on a runner where their techniques can run on it."""
+        self.contenders = {}
+        for plan in [Plan(()), *self.plans]:
+            able = forced or all(runner in technique.terms().runners for technique in plan)
+            self.contenders[str(plan) or BASELINE] = DenoiseModel(
+                self.subject, plan, runner=runner if able else "eager", exclusive=False
+            )
 
-    def choose_dtype(self, stored: Subject) -> None:
-        """Go on in the checkpoint's own dtype where the plain pipeline is faster in it."""
-        if stored.model.dtype == self.subject.model.dtype:
-            return
-        seconds = []
-        for subject in (self.subject, stored):
-            plain = DenoiseModel(subject, Plan(()), exclusive=False)
-            self.timed[0].call(plain)
-            seconds.append(min(self._seconds(plain) for _ in range(3)))
-        if seconds[1] < seconds[0]:
-            self.subject = stored
-        self.bind()
+    def choose_setting(self, stored: Subject | None, wanted: str) -> str:
+        """Give the plain pipeline its best dtype and runner; returns the runner's name.
 
-    def _seconds(self, model: DenoiseModel) -> float:
+        Of dtypes only float32 and the checkpoint's own are tried. Compiling is not counted.
+        """
+        subjects = [self.subject]
+        if stored is not None and stored.model.dtype != self.subject.model.dtype:
+            subjects = [stored, self.subject]
+        names = RUNNERS if wanted == "auto" else (wanted,)
+        settings = [(subject, name) for subject in subjects for name in names]
+        if len(settings) == 1:
+            return wanted
+        calls: dict[str, Callable[[], Sample]] = {}
+        by_label: dict[str, tuple[Subject, str]] = {}
+        for subject, name in settings:
+            label = f"{str(subject.model.dtype).removeprefix('torch.')} {name}"
+            self.tick(len(calls), len(settings), f"trying {label}")
+            plain = DenoiseModel(subject, Plan(()), runner=name, exclusive=False)
+            try:
+                self.timed[0].call(plain)  # compiles
+            except HastenError:
+                raise
+            except Exception:  # a model that cannot be compiled here is run as it is
+                if name == "eager":
+                    raise
+                continue
+            calls[label] = partial(self._one, plain)
+            by_label[label] = (subject, name)
+        timings = interleave(calls, rounds=CHOICE_ROUNDS, warmup=0, seed=self.seed)
+        best = min(calls, key=lambda label: timings.seconds(label).median)
+        self.subject, runner = by_label[best]
+        return runner
+
+    def _one(self, model: DenoiseModel) -> Sample:
         with stopwatch(self.subject.model.device) as watch:
             self.timed[0].call(model)
-        return watch.seconds
+        return Sample(watch.seconds, 1)
 
     # -- speed -----------------------------------------------------------------------------------
     def time(self, rounds: int) -> Timings:
@@ -170,7 +197,7 @@ class DenoiseJob:
         loop = {key: activity.get(key, 0.0) for key in ("calls", "skipped", "rows", "steps")}
         return {
             "plan": name,
-            "runner": "eager",
+            "runner": model.runner,
             "ratio": ratio.to_dict(),
             "images_per_second": timings.tokens_per_second(name).to_dict(),
             "calls_ratio": self.activity[BASELINE]["rows"] / max(1.0, activity.get("rows", 0.0)),
@@ -200,7 +227,7 @@ class DenoiseJob:
         dtype = "bf16" if self.subject.model.dtype == torch.bfloat16 else "fp32"
         flops = shares.flops * len(self.timed)
         return {
-            "runner": "eager",
+            "runner": plain.runner,
             "images_per_second": timings.tokens_per_second(BASELINE).to_dict(),
             "limit_fraction": limits.fraction_of_limit(
                 flops_per_second=flops / seconds, dtype=dtype
@@ -294,10 +321,12 @@ def bench_denoise(
     plans: list[Plan],
     limits: Limits,
     *,
+    runner: str,
     prompts: list[str] | None,
     steps: int,
     guidance: float | None,
     pictures: int,
+    arguments: Mapping[str, Any],
     rounds: int,
     quality: bool,
     seed: int,
@@ -310,7 +339,7 @@ def bench_denoise(
     """
     judge = None if prompts else scene_judge(subject, pictures, seed)
     texts = prompts or (PLAIN_PROMPTS if judge is None else judge.prompts())
-    usual = usual_arguments(subject)
+    usual = usual_arguments(subject) | dict(arguments)
     make = [
         Picture(
             usual | arguments_of(subject.pipe, texts[i % len(texts)], steps, guidance), seed + i
@@ -319,9 +348,8 @@ def bench_denoise(
     ]
     judged = make[:pictures] if quality else []
     job = DenoiseJob(subject, plans, make[:NUM_TIMED], judged, judge, seed, tick)
-    job.bind()
-    if stored is not None:
-        job.choose_dtype(stored)
+    chosen = job.choose_setting(stored, runner)
+    job.bind(chosen, forced=runner != "auto")
     timings = job.time(rounds)
     shares = measure_shares(job.contenders[BASELINE], job.timed[0].call)
     count = len(job.contenders)
@@ -329,14 +357,17 @@ def bench_denoise(
     original = job.pictures(BASELINE) if quality else None
     first = job.timed[0].call(job.contenders[BASELINE])
     rows = []
+    shown = {BASELINE: _first(original, first)}
     for number, name in enumerate(job.contenders):
         if name == BASELINE:
             continue
         tick(number, count, f"quality and proof of {name}")
-        same = np.array_equal(job.timed[0].call(job.contenders[name]), first)
-        block: dict[str, Any] = {}
+        again = job.timed[0].call(job.contenders[name])
+        same, block, ours = np.array_equal(again, first), dict[str, Any](), None
         if original is not None:
-            block = job.compare(job.pictures(name), original)
+            ours = job.pictures(name)
+            block = job.compare(ours, original)
+        shown[name] = _first(ours, again)
         rows.append(job.row(name, timings, block, shares, same))
     tick(count, count, "")
     return {
@@ -345,7 +376,7 @@ def bench_denoise(
         "threads": torch.get_num_threads(),
         "seed": seed,
         "quick": timings.quick,
-        "subject": job.subject.describe() | {"runner": "eager"},
+        "subject": job.subject.describe() | {"runner": chosen},
         "workload": {
             "prompts": len(texts),
             "steps": steps,
@@ -356,4 +387,10 @@ def bench_denoise(
         "limits": limits.to_dict(),
         "baseline": job.baseline(timings, shares, limits),
         "rows": rows,
+        "samples": Samples([texts[i % len(texts)] for i in range(len(shown[BASELINE]))], shown),
     }
+
+
+def _first(pictures: Array | None, single: Array) -> Array:
+    """The pictures that a report shows."""
+    return single if pictures is None else pictures[:NUM_SHOWN]

@@ -37,6 +37,8 @@ from hasten.technique import Loss, Technique
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hasten.measure.pictures import Samples
+
 Tick = Callable[[int, int, str], None]
 
 NAIVE = "model.generate"
@@ -52,6 +54,7 @@ class BenchResult:
     """What a benchmark found; `to_dict()` is the object of `hasten bench --json`."""
 
     data: dict[str, Any]
+    samples: Samples | None = None  # pictures that the plans made, for the report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -78,7 +81,7 @@ class BenchResult:
         """Write one self-contained HTML file with tables and plots."""
         from hasten.measure.report import write_report
 
-        return write_report(self.data, path)
+        return write_report(self.data, path, self.samples)
 
 
 @dataclass
@@ -107,6 +110,7 @@ def bench(
     steps: int = 50,
     guidance: float | None = None,
     pictures: int = 32,
+    arguments: Mapping[str, Any] | None = None,
     rounds: int = ROUNDS,
     pairs: bool = False,
     beside: Sequence[str | Plan | Technique] = (),
@@ -131,6 +135,7 @@ def bench(
         max_new_tokens: tokens of each text, of language models.
         steps, guidance: of the sampler, for Diffusers pipelines; guidance None is the pipeline's own.
         pictures: how many pictures of a pipeline are compared and judged.
+        arguments: further arguments of a pipeline's call, such as height and width.
         rounds: timed rounds; fewer than 5 are refused.
         pairs: also measure every pair of the techniques.
         beside: further plans, each on its own, measured in the same turns: rivals to compare with.
@@ -155,9 +160,17 @@ def bench(
     if dtype == "auto" and isinstance(model, str | os.PathLike):
         stored = open_subject(model, dtype="stored")
     if subject.engine != "causal":
+        if subject.engine == "masked" and runner == "compiled":
+            raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if subject.engine == "denoise":
-            options = {"steps": steps, "guidance": guidance, "pictures": pictures}
+            options = {
+                "runner": runner,
+                "steps": steps,
+                "guidance": guidance,
+                "pictures": pictures,
+                "arguments": arguments or {},
+            }
         return _bench_other(
             subject,
             stored,
@@ -209,7 +222,10 @@ def _bench_other(
     plans = _distinct(rows_of(parsed), _pairs_of(parsed) if pairs else [], others)
     found = limits(on_tick=tick)
     result = measure(subject, stored, plans, found, tick=tick, **options)
-    return _finished(result, parsed, others, pairs=pairs, record=record, command=command)
+    samples = result.pop("samples", None)
+    done = _finished(result, parsed, others, pairs=pairs, record=record, command=command)
+    done.samples = samples
+    return done
 
 
 def _pairs_of(plan: Plan) -> list[Plan]:
@@ -295,7 +311,7 @@ class _Job:
 
     def prepare(self, techniques: Iterable[Technique]) -> None:
         """Train what is missing, and keep it where `apply` finds it."""
-        untrained = [t for t in techniques if t.card.trained and find(t, self.subject.hash) is None]
+        untrained = [t for t in techniques if t.trained and find(t, self.subject.hash) is None]
         missing = {str(Plan.parse(technique)): technique for technique in untrained}.values()
         for technique in missing:
             from hasten.zoo.corpus import training_texts

@@ -234,7 +234,7 @@ def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
 
 def prepare(subject: Subject, plan: Plan, preparation: Preparation) -> dict[str, Parts]:
     """Train what the plan's techniques need; the model's weights stay as they are."""
-    return {t.name: t.prepare(preparation) for t in plan if t.card.trained}
+    return {t.name: t.prepare(preparation) for t in plan if t.trained}
 
 
 def _put(streamer: Any, run: Run, first: Tensor) -> None:

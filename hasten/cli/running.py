@@ -219,20 +219,23 @@ def prepare(
         from hasten.plan import Plan
 
         plan = Plan.parse(*plan_texts(plans))
-        trained = [technique for technique in plan if technique.card.trained]
+        trained = [technique for technique in plan if technique.trained]
         if not trained:
             raise HastenError(
                 f"{str(plan) or 'The plan'} has nothing to prepare; it runs as it is."
             )
-        documents = _documents(text)
+        documents = _documents(text) if text else []
         quiet_libraries(as_json, model)
         use_threads(threads)
         import hasten
         from hasten.parts import default_path
 
         subject = hasten.open_subject(model)
-        if subject.engine != "denoise":
+        if subject.engine == "denoise":  # each line is a prompt
+            documents = [line for each in documents for line in each.splitlines() if line.strip()]
+        else:
             _tokenizer_of(subject)
+            documents = documents or _documents(None)
         with progress(as_json) as tick:
             made = hasten.prepare(subject, plan, texts=documents, steps=steps, seed=seed, tick=tick)
         rows = [

@@ -100,7 +100,8 @@ class BlockCall:
     @property
     def _form(self) -> Form:
         inner: Any = getattr(self.module, "block", None)  # some blocks are a case around another
-        return form(type(inner or self.module))
+        kind: Any = type(inner or self.module)
+        return form(kind)
 
 
 @dataclass
@@ -295,8 +296,9 @@ class Inside:
 
 def _reads_itself(name: str, module: nn.Module) -> bool:
     """Whether queries and keys are of the same tokens; attention to the text alone is not."""
-    # Where a layer does not say so, Diffusers' usual name for it does.
-    return not getattr(module, "is_cross_attention", name.endswith("attn2"))
+    # Where a layer does not say so, Diffusers' usual names for it do.
+    named = name.endswith("attn2") or "cross" in name
+    return not getattr(module, "is_cross_attention", named)
 
 
 class _Attending(TorchFunctionMode):

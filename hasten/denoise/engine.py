@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
+from hasten.denoise.compiled import check_runner, compiled
 from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
 from hasten.errors import HastenError, PlanError
@@ -27,6 +30,7 @@ class DenoiseModel:
 
     Attributes:
         plan: the techniques, in the order in which they were written.
+        runner: what executes the network: "eager" or "compiled".
         activity: counters of the last call; "calls" are network calls that ran, "skipped" those
             that did not, "rows" the samples computed, "steps" the solver's.
         seconds: the last call's duration; `network_seconds`: the part of it inside the network.
@@ -37,9 +41,11 @@ class DenoiseModel:
         subject: Subject,
         plan: Plan,
         *,
+        runner: str = "eager",
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
+        check_runner(runner, plan)
         pipe = subject.pipe
         assert pipe is not None, "the subject is of another engine"
         owner = networks(pipe)[0]
@@ -50,6 +56,7 @@ class DenoiseModel:
         self.subject = subject
         self.plan = plan
         self.pipe = pipe
+        self.runner = runner
         self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
         for technique in plan:
             technique.check(pipe)  # type: ignore[attr-defined]
@@ -73,6 +80,14 @@ class DenoiseModel:
 
     generate = __call__
 
+    def stream(
+        self, frames: Iterable[Any], *, output_type: str = "pt", **arguments: Any
+    ) -> Iterator[Any]:
+        """Run a stream of frames through the pipeline; see `hasten.denoise.stream.stream`."""
+        from hasten.denoise.stream import stream
+
+        return stream(self, frames, output_type=output_type, **arguments)
+
     def start(self) -> Run:
         """A call that has not begun; `_execute` runs it."""
         if not self._open:
@@ -83,7 +98,10 @@ class DenoiseModel:
         start = time.perf_counter()
         _check_steps(kwargs)
         try:
-            with run.attached():
+            with (
+                compiled(self.pipe) if self.runner == "compiled" else nullcontext(),
+                run.attached(),
+            ):
                 args, kwargs = run.asked(args, kwargs)
                 return self.pipe(*args, **kwargs)
         finally:

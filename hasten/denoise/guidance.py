@@ -7,6 +7,7 @@ sign turned or the length changed. So one step with both outputs and what came o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,38 +82,38 @@ def find_guidance(outputs: list[Tensor], combined: Tensor) -> Guidance | None:
     first, second = (like(half, combined).double() for half in pair)
     target = combined.double()
     # Rescaled guidance is a multiple of the straight line: one for each sample, or for each vector.
-    for vectors in (len(target), target.numel() // target.shape[-1]):
-        found = _line(*(t.reshape(vectors, -1) for t in (first, second, target)))
-        if found is not None:
-            scale, sign = found
-            conditional = int(scale > 0.5)  # the other order would have 1 - scale
-            scale = scale if conditional else 1.0 - scale
-            return Guidance(batched, conditional, scale, sign, len(outputs[0]))
-    return None
+    lines = [
+        _line(*(t.reshape(vectors, -1) for t in (first, second, target)))
+        for vectors in (len(target), target.numel() // target.shape[-1])
+    ]
+    # The second has more to choose from, so it has to be much nearer.
+    left, scale, sign = lines[1] if lines[1][0] < 0.5 * lines[0][0] else lines[0]
+    if left > TOLERANCE:
+        return None
+    conditional = int(scale > 0.5)  # the other order would have 1 - scale
+    scale = scale if conditional else 1.0 - scale
+    return Guidance(batched, conditional, scale, sign, len(outputs[0]))
 
 
-def _line(first: Tensor, second: Tensor, target: Tensor) -> tuple[float, float] | None:
-    """The scale and sign by which `target = +-m * (first + scale * (second - first))`.
+def _line(first: Tensor, second: Tensor, target: Tensor) -> tuple[float, float, float]:
+    """How far the target is from a line, its scale and its sign.
 
-    Each of (vectors, size) has a multiple m of its own; the scale is one for all.
+    The line is `+-m * (first + scale * (second - first))`, where each of (vectors, size) has a
+    multiple m of its own, and the scale is one for all.
     """
     apart = second - first
     basis = torch.stack([first, apart], dim=-1)  # (vectors, size, 2)
     square = basis.mT @ basis
     known = torch.linalg.det(square) > 1e-12 * square.diagonal(dim1=-2, dim2=-1).prod(dim=-1)
     if not bool(known.any()):
-        return None  # the branches are the same
+        return math.inf, 0.0, 1.0  # the branches are the same
     basis, square, target = basis[known], square[known], target[known, :, None]
     shares = torch.linalg.solve(square, basis.mT @ target)  # (vectors, 2, 1)
-    left = (target - basis @ shares).norm()
-    if bool(left > TOLERANCE * target.norm()):
-        return None
-    multiples, scales = shares[:, 0, 0], shares[:, 1, 0] / shares[:, 0, 0]
+    multiples, scales = shares[:, :1], shares[:, 1:] / shares[:, :1]  # (vectors, 1, 1)
     scale = scales.median()
-    alike = multiples[:, None, None] * basis @ torch.stack([torch.ones_like(scale), scale])[:, None]
-    if bool((target - alike).norm() > TOLERANCE * target.norm()):
-        return None
-    return float(scale), float(multiples.median().sign())
+    line = multiples * (basis[..., :1] + scale * basis[..., 1:])
+    left = float((target - line).norm() / target.norm())
+    return left, float(scale), float(multiples.median().sign())
 
 
 def like(output: Tensor, sample: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hasten.errors import HastenError
+
+if TYPE_CHECKING:
+    from hasten.subject import Subject
 
 
 def call_arguments(pipe: Any, prompts: Sequence[Any], **given: Any) -> dict[str, Any]:
@@ -27,6 +30,8 @@ def call_arguments(pipe: Any, prompts: Sequence[Any], **given: Any) -> dict[str,
     for name in given:
         if name not in taken:
             raise HastenError(f"{kind} takes no argument {name!r}; it takes {', '.join(taken)}.")
+    if isinstance(given.get("negative_prompt"), str):  # some want a list where prompts are one
+        given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
     if "prompt" in taken:
         return {"prompt": [str(prompt) for prompt in prompts], **given}
     if "class_labels" in taken:
@@ -34,6 +39,19 @@ def call_arguments(pipe: Any, prompts: Sequence[Any], **given: Any) -> dict[str,
     raise HastenError(
         f"{kind} takes neither a prompt nor class_labels; hasten can only prepare for pipelines that do."
     )
+
+
+def own_prompts(subject: Subject, count: int = 256) -> list[str]:
+    """Captions such as a model of the zoo was trained on, never held-out ones; none for others."""
+    import hasten.zoo.catalogue as zoo
+
+    if not zoo.is_zoo_name(subject.name) or not subject.name.startswith("scenes-"):
+        return []
+    from hasten.zoo.scenes import caption, draw_many
+
+    frames = int(zoo.card(subject.name)["recipe"].get("frames", 1))
+    scenes = draw_many(count, 0, frames=frames)
+    return [caption(scene, moving=frames > 1) for scene in scenes]
 
 
 def _class_of(pipe: Any, prompt: Any) -> int:

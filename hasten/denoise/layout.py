@@ -93,6 +93,8 @@ def _sizes(call: Call) -> Iterator[Grid]:
     elif x.ndim == 5:
         yield x.shape[2], x.shape[3], x.shape[4]  # channels before frames
         yield x.shape[1], x.shape[3], x.shape[4]  # frames before channels
+        if "in_visual_dim" in getattr(call.module, "config", {}):  # as Kandinsky's networks say
+            yield x.shape[1], x.shape[2], x.shape[3]  # channels last
     elif x.ndim == 3:  # already cut into tokens
         if isinstance(given.get("height"), int):
             yield int(given.get("num_frames") or 1), given["height"], given["width"]

@@ -25,6 +25,8 @@ def networks(pipe: Any) -> list[nn.Module]:
     """
     found = [getattr(pipe, name, None) for name in NETWORKS]
     modules = [module for module in found if isinstance(module, nn.Module)]
+    if not modules:  # a prior or a decoder, which has the same loop
+        modules = [part for part in vars(pipe).values() if _is_told_the_time(part)]
     if not modules:
         raise SubjectError(
             f"{type(pipe).__name__} has no {' or '.join(NETWORKS)}, so the denoise engine has no network to "
@@ -35,6 +37,11 @@ def networks(pipe: Any) -> list[nn.Module]:
 
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 """What networks call the time that they are told."""
+
+
+def _is_told_the_time(part: Any) -> bool:
+    kind: Any = type(part)
+    return isinstance(part, nn.Module) and bool(set(_parameters(kind)) & set(TIMES))
 
 
 @cache
@@ -77,7 +84,7 @@ class Call:
     @property
     def timestep(self) -> Any:
         """What the network is told of the time: in its own scale, for all rows or for each."""
-        return self.kwargs[self._time]
+        return self.kwargs.get(self._time)
 
     @timestep.setter
     def timestep(self, value: Any) -> None:
@@ -94,6 +101,10 @@ class Call:
             name: value if _is_grid(name, value) else _cut(value, rows, self.rows)
             for name, value in self.kwargs.items()
         }
+        for name, value in kwargs.items():
+            if name.startswith("encoder") and _has_frames(value, self.rows):
+                each = len(value) // self.rows
+                kwargs[name] = value.unflatten(0, (-1, each))[rows].flatten(0, 1)
         return Call(self.module, (), kwargs, self.branch)
 
 
@@ -102,6 +113,11 @@ def _is_grid(name: str, value: Any) -> bool:
     if "rotary" in name:
         return True
     return name.endswith("_ids") and isinstance(value, Tensor) and value.ndim < 3
+
+
+def _has_frames(value: Any, count: int) -> bool:
+    """Whether a text is there once for each frame of each row."""
+    return isinstance(value, Tensor) and len(value) > count and len(value) % count == 0
 
 
 def _cut(value: Any, rows: Tensor, count: int) -> Any:
@@ -119,8 +135,13 @@ def _cut(value: Any, rows: Tensor, count: int) -> Any:
     return value
 
 
-def unpack(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A network's output as a tensor with rows first, and how to give it back as it was."""
+def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A network's output as a tensor with rows first, and how to give it back as it was.
+
+    Some networks put out None where a call only fills their own cache.
+    """
+    if output is None:
+        return None, lambda new: new
     if isinstance(output, tuple):
         tensor, pack = unpack(output[0])
         return tensor, lambda new: (pack(new), *output[1:])
@@ -161,3 +182,25 @@ def hooked(module: nn.Module, name: str, forward: Callable[..., Any]) -> Iterato
             module.__dict__.pop("forward", None)
         if not had_registry:
             module.__dict__.pop("_diffusers_hook", None)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Let Diffusers' caches inside a network begin anew, and then go on as if nothing had been."""
+    registries = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    for hook in hooks:
+        for state in vars(hook).values() if hook._is_stateful else ():
+            if hasattr(state, "reset"):
+                kept.append((state, dict(vars(state))))
+                if hasattr(state, "_state_cache"):  # one state for each branch of guidance
+                    state._state_cache = {}
+                else:
+                    state.reset()
+    try:
+        yield
+    finally:
+        for state, values in kept:
+            vars(state).clear()
+            vars(state).update(values)

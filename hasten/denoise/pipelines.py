@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from hasten.denoise.network import NETWORKS
 from hasten.errors import SubjectError
 
 INDEX = "model_index.json"
 EXTRA = "pip install 'hasten[diffusion]'"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def is_pipeline(what: Any) -> bool:
@@ -40,6 +44,9 @@ def is_pipeline_folder(source: str) -> bool:
 def load(source: str, shown: str, *, dtype: torch.dtype | str = "auto", device: Any = None) -> Any:
     """Open a pipeline from a folder or the hub, with no code but that of Diffusers and transformers.
 
+    Args:
+        dtype: of all parts; "auto" takes what the network that removes noise is stored in.
+
     Raises:
         SubjectError: where Diffusers is missing, or a file is missing or damaged.
     """
@@ -49,30 +56,113 @@ def load(source: str, shown: str, *, dtype: torch.dtype | str = "auto", device: 
         raise SubjectError(
             f"{shown} is a Diffusers pipeline, and that library is not installed; {EXTRA}."
         ) from error
-    if Path(source).is_dir():
-        _check_index(Path(source) / INDEX)
-    options: dict[str, Any] = {} if isinstance(dtype, str) else {"torch_dtype": dtype}
     try:
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
+        index = _read_index(folder / INDEX)
+        for file in sorted(folder.glob("*/*.safetensors")):
+            _check_weights(file)
+        options = {
+            "torch_dtype": stored_dtype(folder) if isinstance(dtype, str) else dtype,
+            "use_safetensors": True,
+            "local_files_only": True,
+        }
+        models = _models(folder, index, options, shown)
         pipe = DiffusionPipeline.from_pretrained(
-            source,
-            local_files_only=Path(source).is_dir(),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+            folder, trust_remote_code=False, **models, **options
         )
+    except SubjectError:
+        raise
     except Exception as error:  # a damaged file raises whatever its reader does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise SubjectError(f"Cannot open {shown} as a Diffusers pipeline: {reason}.") from error
+        raise SubjectError(
+            f"Cannot open {shown} as a Diffusers pipeline: {_reason(error)}."
+        ) from error
     pipe.set_progress_bar_config(leave=False)
     if device is not None or torch.cuda.is_available():
         pipe = pipe.to(device or "cuda")
     return pipe
 
 
-def _check_index(path: Path) -> None:
+def _reason(error: Exception) -> str:
+    """The first sentence of what was said."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "`low_cpu_mem_usage` cannot be False" in text:  # what Diffusers says of some networks
+        return f"it needs the accelerate library; {EXTRA}"
+    return text.split(". ")[0].rstrip(".")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a pipeline's network is stored."""
+    for name in NETWORKS:
+        for file in sorted((folder / name).glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 -- it is no dictionary
+                    found = _DTYPES.get(weights.get_slice(key).get_dtype())
+                    if found is not None:
+                        return found
+    return torch.float32
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    import diffusers
+
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SubjectError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(index, dict) or "_class_name" not in index:
         raise SubjectError(f"{path} names no pipeline class (_class_name).")
+    name = index["_class_name"]
+    if not isinstance(name, str):
+        raise SubjectError(f"{path} asks for code of its own ({name}), which hasten does not run.")
+    if not hasattr(diffusers, name):
+        raise SubjectError(
+            f"{path} names the pipeline {name}, which Diffusers {diffusers.__version__} does not have."
+        )
+    return index
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise SubjectError(f"{file} is damaged or cut short ({error}); copy it again.") from error
+
+
+def _models(
+    folder: Path, index: dict[str, Any], options: dict[str, Any], shown: str
+) -> dict[str, nn.Module]:
+    """The parts that are models of Diffusers, each with every weight that its config asks for."""
+    import diffusers
+
+    found: dict[str, nn.Module] = {}
+    for name, entry in index.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0]):
+            continue  # a setting, or a part that it does without
+        if not (folder / name).is_dir():
+            raise SubjectError(f"{shown} has no folder {name}, which its {INDEX} names.")
+        kind: Any = getattr(diffusers, str(entry[1]), None)
+        if entry[0] != "diffusers" or not _is_model(kind):
+            continue
+        if not list((folder / name).glob("*.safetensors")):
+            raise SubjectError(
+                f"{folder / name} holds no .safetensors file; hasten loads no other kind of weights."
+            )
+        # What is missing would be filled with whatever lies in memory, so ask for the list.
+        model, loading = kind.from_pretrained(folder / name, output_loading_info=True, **options)
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise SubjectError(
+                f"{shown}: {name} lacks {len(missing)} of the weights that its config.json asks for, "
+                f"{missing[0]} among them; get the whole checkpoint."
+            )
+        found[name] = model
+    return found
+
+
+def _is_model(kind: Any) -> bool:
+    from diffusers import ModelMixin
+
+    return isinstance(kind, type) and issubclass(kind, ModelMixin)

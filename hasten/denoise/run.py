@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoise.blocks import Inside
-from hasten.denoise.guidance import Guidance, find_guidance
+from hasten.denoise.guidance import Guidance, find_guidance, like
 from hasten.denoise.layout import Layout, sample_tokens
 from hasten.denoise.levels import Level, level
-from hasten.denoise.network import Call, hooked, networks, unpack
+from hasten.denoise.network import Call, hooked, networks, undisturbed, unpack
 from hasten.denoise.schedule.grid import Divisor
 from hasten.denoise.slots import (
     Attention,
@@ -100,7 +100,6 @@ class Run:
         running: whether the network runs at this step.
         rows: which rows of the pipeline's call the network computes, while it runs.
         guidance: how the pipeline combines its branches, once that is known.
-        layout: which tokens are the sample's, while the network runs.
         activity: counters; "calls" that ran, "skipped" ones, "rows" computed, "steps".
         seconds: time spent in the network.
     """
@@ -117,7 +116,7 @@ class Run:
         self.running = True
         self.wanted: Tensor | None = None  # samples whose unconditional branch runs; None: all
         self.guidance: Guidance | None = None
-        self.layout = Layout()
+        self._layout: Layout | None = None
         self.activity: Counter[str] = Counter()
         self.states: dict[int, Any] = {}
         self.seconds = 0.0
@@ -127,7 +126,7 @@ class Run:
         self._shape: torch.Size | None = None
         self._call: Call | None = None
         self.looking = False  # a forward pass is under way that is not the pipeline's
-        self._tokens: dict[tuple[int, int], range | None] = {}
+        self._tokens: dict[tuple[int, int, int], range | None] = {}
 
     # -- what techniques read ----------------------------------------------------------------------
     def state(self, entry: tuple[DenoiseTechnique, Any]) -> Any:
@@ -139,6 +138,14 @@ class Run:
         """The network call in hand."""
         assert self._call is not None
         return self._call
+
+    @property
+    def layout(self) -> Layout:
+        """How the tokens of the call in hand lie, while the network runs."""
+        if self._layout is None:  # not before someone asks: to read places off a device takes time
+            find = functools.partial(self._find_tokens, self.call, self._original)
+            self._layout = Layout.of(self.call, find)
+        return self._layout
 
     @property
     def is_last(self) -> bool:
@@ -179,9 +186,8 @@ class Run:
                 stack.enter_context(hooked(module, NAME, self._network))
                 inside = Inside(self, module)
                 stack.enter_context(inside.attached())
-            stack.enter_context(
-                _listening(self.scheduler, set_timesteps=self._set_timesteps, step=self._step)
-            )
+            stack.enter_context(_listening(self.scheduler, "set_timesteps", self._set_timesteps))
+            stack.enter_context(_listening(self.scheduler, "step", self._step))
             stack.callback(self._finish)
             self._begin()
             yield
@@ -202,12 +208,14 @@ class Run:
 
     def _restart(self) -> None:
         """Begin anew what remembers tensors of the sample's size."""
+        self.computed = []
+        self.computed = []
         keep = [e for e in (self.slots.schedule, self.slots.state, self.slots.guider) if e]
         kept = {id(e[0]) for e in keep}
         for technique, bound in self.slots.entries():
             if id(technique) not in kept:
-                technique.finish(self.states[id(technique)], self)
-                self.states[id(technique)] = technique.begin(self, bound)
+                state = self.states[id(technique)]
+                self.states[id(technique)] = technique.restart(state, self, bound)
 
     def _finish(self) -> None:
         for technique, _ in self.slots.entries():
@@ -219,9 +227,10 @@ class Run:
         made = original(*args, **kwargs)
         self.index, self.calls, self.first, self.gaps = 0, 0, 0, None
         self.num_steps = len(self.scheduler.timesteps)
-        if self.slots.schedule is not None:
-            self.slots.schedule[0].plan(self.state(self.slots.schedule), self)
-            self.num_steps = len(self.scheduler.timesteps)
+        planners = {id(e[0]): e for e in (self.slots.schedule, self.slots.state) if e is not None}
+        for entry in planners.values():
+            entry[0].plan(self.state(entry), self)
+        self.num_steps = len(self.scheduler.timesteps)
         return made
 
     # -- a network call ----------------------------------------------------------------------------
@@ -249,6 +258,9 @@ class Run:
             self.activity["skipped"] += 1
             return self._pack(gate[0].predict(self.state(gate), self, call))
         output, self._pack = self._compute(call, original)
+        if output is None:  # a call that only fills a cache
+            self.calls -= 1
+            return self._pack(output)
         if self.running:
             self.computed.append(output)
             if gate is not None:
@@ -262,6 +274,7 @@ class Run:
         return len(self.computed[call.branch]) == call.rows
 
     _pack: Callable[[Tensor], Any]
+    _original: Callable[..., Any]
 
     def _decide(self, call: Call) -> bool:
         run = True
@@ -310,23 +323,24 @@ class Run:
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         self._call = call
         self.rows = tuple(range(call.rows) if rows is None else rows.tolist())
-        self.layout = Layout.of(call, functools.partial(self._find_tokens, call, original))
+        self._layout, self._original = None, original
         start = time.perf_counter()
         output, pack = unpack(original(**call.kwargs))
         self.seconds += time.perf_counter() - start
         self.activity["calls"] += 1
         self.activity["rows"] += call.rows
-        if self.slots.state is not None:
+        if self.slots.state is not None and output is not None:
             output = self.slots.state[0].receive(self.state(self.slots.state), self, call, output)
         return output, pack
 
     def _find_tokens(self, call: Call, original: Callable[..., Any], length: int) -> range | None:
         """Which tokens of a joint sequence are the sample's; looked up once for each length."""
-        key = (id(call.module), length)
+        key = (id(call.module), call.branch, length)
         if key not in self._tokens:
             self.looking = True
             try:
-                self._tokens[key] = sample_tokens(original, call, length)
+                with undisturbed(call.module):
+                    self._tokens[key] = sample_tokens(original, call, length)
             finally:
                 self.looking = False
         return self._tokens[key]
@@ -386,14 +400,15 @@ class Run:
         Pipelines that begin with a picture leave the first ones out; some leave the last ones out.
         """
         times = self.scheduler.timesteps
-        self.first = getattr(self.scheduler, "begin_index", None) or 0
-        time = torch.as_tensor(timestep).flatten()[:1].to(times.device)
-        found = (times == time).nonzero()
-        if not self.first and len(found):
-            self.first = int(found[0])
         # Pipelines note how many steps they make just before their loop.
-        most = getattr(self.pipe, "_num_timesteps", None) or len(times)
-        self.num_steps = min(len(times) - self.first, int(most))
+        steps = getattr(self.pipe, "_num_timesteps", None) or len(times)
+        time = torch.as_tensor(-1 if timestep is None else timestep).flatten()[:1]
+        # Some schedulers say a time twice.
+        places = (times == time.to(times.device)).nonzero()[:, 0].tolist()
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is None:
+            begin = len(times) - steps if len(times) - steps in places else (places or [0])[0]
+        self.first, self.num_steps = begin, min(len(times) - begin, steps)
 
     def _compare(self, step: Step) -> None:
         """Find out how the branches are combined, and tell the guider of both."""
@@ -401,7 +416,7 @@ class Run:
         if guider is None or not self.running:
             return
         if self.guidance is None:
-            self.guidance = find_guidance(self.computed, step.output)
+            self.guidance = find_guidance(self.computed, like(step.output, step.sample))
         if self.guidance is not None and self.guidance.fits(self.computed):
             pair = self.guidance.split(self.computed)
             samples = replace(step, sample=step.sample[: len(pair[0])])
@@ -429,29 +444,30 @@ def _with_sample(made: Any, sample: Tensor) -> Any:
     return type(made)(**{**made, "prev_sample": sample})
 
 
+class _Listener:
+    """Stands for a method of an object, and hands each call with the method to somebody else."""
+
+    def __init__(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self.owner, self.name, self.wrapper = owner, name, wrapper
+        functools.update_wrapper(self, getattr(owner, name))  # pipelines look at the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that a pipeline makes of the scheduler is its own."""
+        other = memo.get(id(self.owner))
+        return self if other is None else getattr(type(other), self.name).__get__(other)
+
+
 @contextmanager
-def _listening(owner: Any, **wrappers: Callable[..., Any]) -> Iterator[None]:
-    """Put `wrapper(original, ...)` in the place of methods of an object, for a while.
-
-    It gets a class of its own, under the same name, so that neither its dictionary nor copies that
-    a pipeline makes of it hold anything of this.
-    """
-    kind = type(owner)
-
-    def replacement(name: str, wrapper: Callable[..., Any]) -> Callable[..., Any]:
-        original = getattr(kind, name)
-
-        @functools.wraps(original)  # pipelines look at the signature
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = original.__get__(self)
-            return wrapper(bound, *args, **kwargs) if self is owner else bound(*args, **kwargs)
-
-        return method
-
-    methods: dict[str, Any] = {name: replacement(name, w) for name, w in wrappers.items()}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    owner.__class__ = type(kind.__name__, (kind,), methods | names)
+def _listening(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Put `wrapper(original, ...)` in the place of a method, for a while."""
+    before = vars(owner).get(name)
+    setattr(owner, name, _Listener(owner, name, wrapper))
     try:
         yield
     finally:
-        owner.__class__ = kind
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)

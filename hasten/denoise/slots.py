@@ -45,15 +45,23 @@ class DenoiseTechnique(Technique):
         Arguments of its own, which the pipeline does not know, it takes out.
         """
 
+    def plan(self, state: Any, run: Run) -> None:
+        """Called when the scheduler has made its timesteps, of techniques of the slots schedule and state.
+
+        May give it others (`schedule.grid.set_grid`).
+        """
+
+    def restart(self, state: Any, run: Run, bound: Any) -> Any:
+        """The state for a sample that has changed its size on the way."""
+        self.finish(state, run)
+        return self.begin(run, bound)
+
     def finish(self, state: Any, run: Run) -> None:
         """Called once when the call ends, also when it failed; a place for last counters."""
 
 
 class Schedule(DenoiseTechnique):
-    """Chooses the timesteps."""
-
-    def plan(self, state: Any, run: Run) -> None:
-        """Called when the scheduler has made its timesteps; may give it others (`schedule.grid.set_grid`)."""
+    """Chooses the timesteps, in `ask` or in `plan`."""
 
 
 class Gate(DenoiseTechnique):

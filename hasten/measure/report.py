@@ -12,6 +12,7 @@ from typing import Any
 from hasten.home import atomic_write
 from hasten.measure import plots, view
 from hasten.measure.limits import MATRIX_TYPES
+from hasten.measure.pictures import Samples
 from hasten.measure.style import CSS
 from hasten.measure.view import CITED, DASH, MEASURED, MODELLED, number, text
 
@@ -21,20 +22,23 @@ _KIND_CLASSES = {"additive": "good", "sub-additive": "warn", "broken": "bad", "r
 Part = Callable[[Mapping[str, Any]], str]
 
 
-def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def write_report(
+    result: Mapping[str, Any], path: str | os.PathLike[str], samples: Samples | None = None
+) -> Path:
     """Write the report of a bench result (the object of `bench --json`) to an HTML file.
 
-    The file appears whole or not at all. Pieces that the result lacks are left out or shown as
+    `samples` are pictures that the plans made. The file appears whole or not at all. Pieces that the result lacks are left out or shown as
     a dash. Raises HastenError where matplotlib is missing or the place cannot be written.
     """
-    return atomic_write(path, report_html(result))
+    return atomic_write(path, report_html(result, samples))
 
 
-def report_html(result: Mapping[str, Any]) -> str:
+def report_html(result: Mapping[str, Any], samples: Samples | None = None) -> str:
     """The report as a string."""
     parts: Sequence[Part] = (
         _hero,
         _results,
+        lambda _: _pictures(samples),
         _ratios,
         _speed,
         _quality_and_memory,
@@ -67,6 +71,13 @@ machine may differ by more.</footer>
 </body>
 </html>
 """
+
+
+def _pictures(samples: Samples | None) -> str:
+    if samples is None:
+        return ""
+    note = f"Each plan from the same noise; the first row is the model as it is, {MEASURED}."
+    return _section("Pictures", note, samples.html())
 
 
 # ---- the top of the page

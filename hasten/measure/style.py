@@ -111,6 +111,10 @@ footer { color: var(--muted); font-size: 13px; margin-top: 26px; max-width: 62em
   .n { white-space: normal; }
   .counters { justify-content: flex-end; }
 }
+.strip { display: flex; gap: 10px; overflow-x: auto; padding-bottom: 6px; }
+.strip figure { margin: 0; flex: 0 0 auto; }
+.strip img { display: block; border-radius: 6px; image-rendering: pixelated; }
+.strip figcaption { color: var(--muted); font-size: 12px; max-width: 128px; padding-top: 4px; }
 @media print {
   body { background: none; } section, .tile { box-shadow: none; break-inside: avoid; }
 }

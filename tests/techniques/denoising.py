@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import hasten
 from hasten.denoise.blocks import blocks
 from hasten.denoise.network import networks
+from hasten.subject import Subject, open_subject
 from hasten.technique import Parts
+from hasten.zoo import catalogue
+from hasten.zoo.scenes import prompts
 from tests.pipelines import call, picture
 
 
@@ -95,7 +100,37 @@ def with_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Itera
             del module.forward
 
 
+@cache
+def zoo(name: str) -> Subject:
+    """A trained model of the zoo; skips the test while it is not there."""
+    if not catalogue.is_zoo_name(name):
+        pytest.skip(f"{name} is not in the zoo's folder ({catalogue.SHIPPED})")
+    return open_subject(name)
+
+
+def zoo_sample(
+    name: str,
+    *plan: str,
+    steps: int = 20,
+    count: int = 4,
+    seed: int = 0,
+    parts: dict[str, Parts] | None = None,
+) -> tuple[Tensor, dict[str, int]]:
+    """(count, ...) pictures of held-out captions by a trained model, and what a plan counted."""
+    frames = int(catalogue.card(name)["recipe"].get("frames", 1)) if zoo(name) else 1
+    captions = [words for words, _ in prompts(count, seed, frames=frames)]
+    with hasten.apply(zoo(name), *plan, parts=parts) as fast:
+        made = fast(
+            prompt=captions,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            return_dict=False,
+        )
+        return torch.as_tensor(made[0]), dict(fast.activity)
+
+
 def db(ours: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures from 0 to 1, in decibels."""
-    error = (ours.double() - original.double()).square().mean()
-    return float(-10.0 * torch.log10(error + 1e-20))
+    """Mean peak signal-to-noise ratio of pictures from 0 to 1, in decibels."""
+    error = (ours.double() - original.double()).square().flatten(1).mean(dim=1)
+    return float((-10.0 * torch.log10(error + 1e-20)).mean())

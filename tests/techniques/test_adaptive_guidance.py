@@ -12,12 +12,17 @@ import hasten
 from hasten.denoise.blocks import blocks
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.guider.adaptive_guidance import AdaptiveGuidance
+from hasten.denoise.guider.linear import Way, explained, fit, predict
 from hasten.denoise.levels import level
-from hasten.errors import PlanError
+from hasten.errors import HastenError, PlanError
+from hasten.preparation import Preparation
+from hasten.subject import open_subject
+from hasten.zoo.scenes.caption import prompts
 from tests import pipelines
 from tests.pipelines import picture, tiny
+from tests.techniques import drawn
 
-BATCHED = ("dit", "unet", "sd3", "pixart")
+BATCHED = ("dit", "unet", "pixart")
 APART = ("cogview4", "wan")
 STEPS = 6
 
@@ -135,7 +140,7 @@ def test_each_sample_switches_where_its_own_cosine_says(family: str) -> None:
     for column in cosines.T:
         passed = (column >= threshold).nonzero()
         expected.append(int(passed[0]) + 1 if len(passed) else STEPS)
-    made, fast = run(f"adaptive_guidance(threshold={threshold!r})", family, **more)
+    _made, fast = run(f"adaptive_guidance(threshold={threshold!r})", family, **more)
     assert len(set(expected)) > 1
     assert fast.activity["rows"] == sum(2 * k + (STEPS - k) for k in expected)
     found = sorted(
@@ -218,8 +223,114 @@ def test_the_fixed_cut_guides_in_its_part_of_the_way(family: str) -> None:
     assert torch.equal(one, same)
 
 
+# -------------------------------------------------------------------------------------- LinearAG
+def prepared(family: str, pipe: Any, count: int = 16) -> dict[str, Tensor]:
+    technique = AdaptiveGuidance(linear=True, steps=STEPS)
+    given = call(family, guidance_scale=3.0)
+    for name in ("prompt", "generator", "num_inference_steps", "class_labels"):
+        given.pop(name, None)
+    prompts = [3, 9, 12] if family == "dit" else ["a red circle", "zzz", "blue", "green square"]
+    preparation = Preparation(open_subject(pipe), [], count, prompts=prompts, arguments=given)
+    return technique.prepare(preparation)
+
+
+def test_the_fit_finds_coefficients_that_are_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = 5
+    conditional = list(torch.randn(steps, 200, generator=generator, dtype=torch.float64))
+    unconditional = [0.5 * conditional[0]]
+    for i in range(1, steps):
+        unconditional.append(
+            0.7 * conditional[i] - 0.2 * conditional[i - 1] + 0.4 * unconditional[i - 1]
+        )
+    products = Way(conditional, unconditional).products()
+    parts = fit(products)
+    torch.testing.assert_close(explained(products, parts), torch.ones(steps, dtype=torch.float64))
+    way = Way(conditional[:3], unconditional[:3])
+    torch.testing.assert_close(predict(parts, way, conditional[3]), unconditional[3])
+    # Coefficients of other steps say nothing.
+    mixed = {name: table.roll(1, dims=0) for name, table in parts.items()}
+    assert float(explained(products, mixed)[2:].max()) < 0.9
+
+
+@pytest.mark.parametrize("family", ["unet", "cogview4", "dit"])
+def test_the_fit_stands_for_the_branch_at_its_steps(family: str) -> None:
+    pipe = tiny(family)
+    parts = prepared(family, pipe)
+    if family != "dit":  # whose classes are random vectors, of which none says anything of another
+        assert bool((parts["explained"][1:] > 0.4).all())
+    plan = f"adaptive_guidance(linear=true, steps={STEPS}, threshold=1.0)"
+    plain = picture(tiny(family)(**call(family)))
+    with hasten.apply(pipe, plan, parts={"adaptive_guidance": parts}) as fast:
+        made = picture(fast(**call(family)))
+    real = sum(1 for i in range(STEPS // 2) if i % 2 == 0)
+    assert fast.activity["rows"] == STEPS + real
+    assert fast.activity["adaptive_guidance.fitted"] == STEPS - real
+    mixed = {name: table.roll(2, dims=0) for name, table in parts.items()}
+    with hasten.apply(pipe, plan, parts={"adaptive_guidance": mixed}) as fast:
+        wrong = picture(fast(**call(family)))
+    error, other = (float((p - plain).square().mean()) for p in (made, wrong))
+    assert error < 0.5 * other
+
+
+def test_linear_needs_its_fit_for_as_many_steps() -> None:
+    pipe = tiny("cogview4")
+    with pytest.raises(PlanError, match="no trained part"):
+        hasten.apply(pipe, "adaptive_guidance(linear=true)")
+    parts = {"adaptive_guidance": prepared("cogview4", pipe, 4)}
+    with (
+        hasten.apply(pipe, f"adaptive_guidance(linear=true, steps={STEPS})", parts=parts) as fast,
+        pytest.raises(HastenError, match="was fitted for"),
+    ):
+        fast(**pipelines.call("cogview4", num_inference_steps=STEPS + 1))
+    with pytest.raises(PlanError, match="a network call at every step"):
+        hasten.plan.Plan.parse("adaptive_guidance(linear=true), zeus")
+
+
 def test_two_guiders_are_refused() -> None:
     with pytest.raises(PlanError, match="guider"):
         hasten.plan.Plan.parse("adaptive_guidance, fixed_guidance_cut")
     with pytest.raises(PlanError, match="threshold"):
         hasten.plan.Plan.parse("adaptive_guidance(threshold=1.5)")
+
+
+# --------------------------------------------------------------------------------- trained models
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["scenes-dit", "scenes-unet"])
+def test_on_a_trained_model_it_saves_a_part_and_keeps_the_picture(name: str) -> None:
+    drawn.model(name)
+    full = drawn.draw(name, "", num_inference_steps=20)
+    ours = drawn.draw(name, "adaptive_guidance", num_inference_steps=20)
+    saved = 1 - ours.activity["rows"] / full.activity["rows"]
+    assert 0.1 < saved < 0.45
+    assert ours.ssim(full) > 0.95
+    assert ours.attributes() > full.attributes() - 0.03
+    switched = {key for key in ours.activity if "switched_at" in key}
+    assert len(switched) > 1  # each prompt at its own step
+    rows = int(ours.activity["rows"]) / len(ours.pictures)
+    guided = round(rows - 20) / 20
+    early = drawn.draw(name, f"fixed_guidance_cut(last={guided})", num_inference_steps=20)
+    late = drawn.draw(
+        name, f"fixed_guidance_cut(first={1 - guided}, last=1.0)", num_inference_steps=20
+    )
+    assert early.psnr(full) > late.psnr(full) + 3
+    assert ours.psnr(full) > late.psnr(full) + 3
+
+
+@pytest.mark.zoo
+def test_on_a_trained_model_branches_are_linear_in_what_came_before() -> None:
+    pipe = drawn.model("scenes-dit")
+    captions = [words for words, _ in prompts(48, 3)]
+    technique = AdaptiveGuidance(linear=True, steps=12)
+    parts = technique.prepare(Preparation(open_subject(pipe), [], 48, prompts=captions))
+    assert bool((parts["explained"][1:] > 0.95).all())
+    full = drawn.draw("scenes-dit", "", 8, num_inference_steps=12)
+    plan = "adaptive_guidance(linear=true, steps=12, threshold=1.0)"
+    mixed = {key: table.roll(2, dims=0) for key, table in parts.items()}
+    made = {
+        word: drawn.draw(
+            "scenes-dit", plan, 8, num_inference_steps=12, parts={"adaptive_guidance": given}
+        )
+        for word, given in {"fit": parts, "mixed": mixed}.items()
+    }
+    assert made["fit"].psnr(full) > made["mixed"].psnr(full) + 5

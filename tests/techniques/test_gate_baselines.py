@@ -33,7 +33,7 @@ def test_one_of_so_many_steps_runs_and_its_output_stays(interval: int) -> None:
         assert step.ran or torch.equal(step.output, before.output)
 
 
-@pytest.mark.parametrize("family", ["dit", "cogview4", "unet"])
+@pytest.mark.parametrize("family", ["dit", "cogview4"])
 def test_an_interval_of_one_is_the_pipeline_itself(family: str) -> None:
     pipe = pipelines.tiny(family)
     assert torch.equal(made(pipe, family)[0], made(pipe, family, "reuse_always(interval=1)")[0])
@@ -41,15 +41,14 @@ def test_an_interval_of_one_is_the_pipeline_itself(family: str) -> None:
 
 # ------------------------------------------------------------------------------------- fewer_steps
 @pytest.mark.parametrize(
-    "family", ["dit", "sd3", "flux", "pixart", "sana", "cogview4", "unet", "wan", "ltx"]
+    "family", ["dit", "sd3", "flux", "pixart", "sana", "cogview4", "wan", "ltx"]
 )
 def test_fewer_steps_are_those_of_the_pipeline_at_that_number(family: str) -> None:
     pipe = pipelines.tiny(family)
     expected, _ = made(pipe, family, num_inference_steps=5)
-    for plan in ("fewer_steps(share=0.25)", "fewer_steps(steps=5)"):
-        picture, counted = made(pipe, family, plan, num_inference_steps=20)
-        assert torch.equal(picture, expected)
-        assert counted["steps"] == 5 and counted["fewer_steps.left_out"] == 15
+    picture, counted = made(pipe, family, "fewer_steps(share=0.25)", num_inference_steps=20)
+    assert torch.equal(picture, expected)
+    assert counted["steps"] == 5 and counted["fewer_steps.left_out"] == 15
 
 
 def test_pictures_to_begin_with_keep_their_strength() -> None:
@@ -84,11 +83,12 @@ def test_as_many_steps_as_were_asked_for_change_nothing() -> None:
 
 # ------------------------------------------------------------------------------ caches of Diffusers
 CACHES = {
-    "first_block_cache(threshold=0.5)": ("dit", "sd3", "flux", "cogview4", "wan", "cogvideox"),
-    "taylorseer_cache(interval=3)": ("dit", "sd3", "unet", "cogview4", "wan"),
-    "pyramid_attention_broadcast": ("dit", "unet", "cogview4", "wan", "cogvideox"),
-    "faster_cache": ("dit", "sd3", "cogview4", "cogvideox", "wan"),
-    "sea_cache": ("dit", "cogview4", "wan", "cogvideox"),
+    "first_block_cache(threshold=9.0)": ("dit", "flux", "cogview4", "wan", "cogvideox"),
+    "taylorseer_cache(interval=3)": ("dit", "sd3", "unet", "cogview4"),
+    "taylorseer_cache(lite=true)": ("dit", "cogview4", "flux"),
+    "pyramid_attention_broadcast": ("dit", "unet", "cogview4", "wan"),
+    "faster_cache": ("dit", "sd3", "cogview4", "cogvideox"),
+    "sea_cache(threshold=9.0)": ("dit", "cogview4", "wan"),
 }
 NEUTRAL = (
     "first_block_cache(threshold=0.0)",
@@ -105,23 +105,23 @@ NEUTRAL = (
 def test_a_cache_acts_and_leaves_no_trace(plan: str, family: str) -> None:
     pipe = pipelines.tiny(family)
     network = pipe.unet if family == "unet" else pipe.transformer
+    expected, _ = made(pipe, family, num_inference_steps=8)
     traces = [sorted(vars(module)) for module in network.modules()]
-    expected, _ = made(pipe, family, num_inference_steps=12)
-    first, counted = made(pipe, family, plan, num_inference_steps=12)
-    again, _ = made(pipe, family, plan, num_inference_steps=12)
+    first, counted = made(pipe, family, plan, num_inference_steps=8)
+    again, _ = made(pipe, family, plan, num_inference_steps=8)
     assert counted[f"{plan.split('(')[0]}.reused"] > 0
     assert not torch.equal(first, expected) and bool(first.isfinite().all())
     assert torch.equal(first, again)
-    assert torch.equal(made(pipe, family, num_inference_steps=12)[0], expected)
+    assert torch.equal(made(pipe, family, num_inference_steps=8)[0], expected)
     assert [sorted(vars(module)) for module in network.modules()] == traces
 
 
-@pytest.mark.parametrize("family", ["dit", "cogview4"])
 @pytest.mark.parametrize("plan", NEUTRAL)
-def test_a_cache_that_never_reuses_is_the_pipeline_itself(plan: str, family: str) -> None:
+def test_a_cache_that_never_reuses_is_the_pipeline_itself(plan: str) -> None:
+    family = "cogview4"
     pipe = pipelines.tiny(family)
-    picture, counted = made(pipe, family, plan, num_inference_steps=12)
-    assert torch.equal(picture, made(pipe, family, num_inference_steps=12)[0])
+    picture, counted = made(pipe, family, plan, num_inference_steps=8)
+    assert torch.equal(picture, made(pipe, family, num_inference_steps=8)[0])
     assert not any(name.endswith(".reused") for name in counted)
 
 
@@ -130,10 +130,12 @@ def test_it_is_diffusers_own_cache() -> None:
     from diffusers import FirstBlockCacheConfig
 
     pipe = pipelines.tiny("cogview4")
-    ours, _ = made(pipe, "cogview4", "first_block_cache(threshold=0.3)", num_inference_steps=12)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
+    plan = "first_block_cache(threshold=1.0)"
+    ours, counted = made(pipe, "cogview4", plan, num_inference_steps=20)
+    assert 0 < counted["first_block_cache.reused"] < 2 * 19 * 2
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1.0))
     try:
-        theirs, _ = made(pipe, "cogview4", num_inference_steps=12)
+        theirs, _ = made(pipe, "cogview4", num_inference_steps=20)
     finally:
         pipe.transformer.disable_cache()
     assert torch.equal(ours, theirs)
@@ -144,32 +146,53 @@ def test_it_is_diffusers_own_cache() -> None:
     [
         ("first_block_cache", "unet"),
         ("first_block_cache", "sana"),
+        ("first_block_cache", "sd3"),
+        ("sea_cache", "sd3"),
         ("sea_cache", "unet"),
         ("faster_cache", "unet"),
     ],
 )
 def test_a_network_that_a_cache_does_not_know_is_named(plan: str, family: str) -> None:
     pipe = pipelines.tiny(family)
-    traces = [sorted(vars(module)) for module in (pipe.components.values())]
+    network = pipe.unet if family == "unet" else pipe.transformer
+    traces = [sorted(vars(module)) for module in network.modules()]
     with pytest.raises(SubjectError, match=f"{plan} (does not support|finds no layer)"):
         hasten.apply(pipe, plan)
-    assert [sorted(vars(module)) for module in (pipe.components.values())] == traces
+    assert [sorted(vars(module)) for module in network.modules()] == traces
+
+
+def test_branches_that_run_one_after_the_other_share_no_memory() -> None:
+    """Diffusers gives these hooks one memory; the second call of a step would get the first's."""
+    pipe = pipelines.tiny("cogview4")
+    call = {"num_inference_steps": 8, "guidance_scale": 4.0}
+    with hasten.apply(pipe, "pyramid_attention_broadcast(first=1000, last=0)") as fast:
+        run = fast.start()
+        kept: list[list[torch.Tensor]] = []
+        compare = run._compare
+        run._compare = lambda step: kept.append(list(run.computed)) or compare(step)
+        fast._execute(run, **pipelines.call("cogview4", **call))
+    assert len(kept) == 8
+    assert all(not torch.equal(*outputs) for outputs in kept)
 
 
 def test_mag_cache_measures_its_ratios(tmp_path: Any) -> None:
     pipe = pipelines.tiny("cogview4")
-    arguments = {"num_inference_steps": 10, "height": 16, "width": 16, "output_type": "pt"}
+    arguments = {"num_inference_steps": 6, "height": 16, "width": 16, "negative_prompt": "no"}
     parts = hasten.prepare(
-        pipe, "mag_cache", prompts=["a red circle", "a blue square"], arguments=arguments
+        pipe,
+        "mag_cache",
+        prompts=["a red circle", "a blue square"],
+        arguments=arguments,
+        write=False,
     )
     ratios = parts["mag_cache"]["ratios"]
-    assert ratios.shape == (10,) and ratios[0] == 1.0 and bool((ratios > 0).all())
+    assert ratios.shape == (6,) and ratios[0] == 1.0 and bool((ratios > 0).all())
     with hasten.apply(pipe, "mag_cache(threshold=9.0)", parts=parts) as fast:
-        fast(**pipelines.call("cogview4", num_inference_steps=20))
+        fast(**pipelines.call("cogview4", num_inference_steps=12))
         assert fast.activity["mag_cache.reused"] > 0
     with hasten.apply(pipe, "mag_cache(max_skips=0)", parts=parts) as fast:
-        picture = pipelines.picture(fast(**pipelines.call("cogview4", num_inference_steps=20)))
-    assert torch.equal(picture, made(pipe, "cogview4", num_inference_steps=20)[0])
+        picture = pipelines.picture(fast(**pipelines.call("cogview4", num_inference_steps=12)))
+    assert torch.equal(picture, made(pipe, "cogview4", num_inference_steps=12)[0])
 
 
 def test_two_gates_do_not_stand_in_one_plan() -> None:

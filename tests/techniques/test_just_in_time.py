@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -24,9 +25,10 @@ from hasten.denoise.state.tokens import Subset, View
 from hasten.errors import PlanError, SubjectError
 from tests import pipelines
 from tests.pipelines import picture, tiny
+from tests.techniques import drawn
 
 STEPS = 8
-FAMILIES = ("dit", "sd3", "flux", "cogview4", "pixart", "wan", "cogvideox", "ltx")
+FAMILIES = ("dit", "sd3", "flux", "cogview4", "wan", "cogvideox", "auraflow")
 
 
 def call(family: str, **more: Any) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_a_view_and_back_is_the_sample(shape: tuple[int, ...]) -> None:
 def test_levels_are_quantiles_of_the_beta_distribution() -> None:
     levels = beta_quantiles(18)
     assert levels[0] == 1.0 and len(levels) == 18
-    assert all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(levels))
     stats = pytest.importorskip("scipy.stats")
     expected = stats.beta.ppf(1 - torch.arange(18).numpy() / 18, 1.4, 0.425)
     torch.testing.assert_close(
@@ -185,8 +187,8 @@ def test_the_sets_are_nested() -> None:
     kind = JustInTime
 
     class Watched(Subset):
-        def __init__(self, kept: Tensor, near: Tensor) -> None:
-            super().__init__(kept, near)
+        def __init__(self, kept: Tensor, near: Tensor, who: str) -> None:
+            super().__init__(kept, near, who)
             sets.append(kept)
 
     import hasten.denoise.state.just_in_time as module
@@ -216,6 +218,11 @@ def test_a_step_is_the_network_on_gathered_tokens_with_their_own_ids() -> None:
     state = run.state(run.slots.state)
     kept = JustInTime().lattice(state.view.grid, int(0.35 * 64)).nonzero()[:, 0]
     given = noted[0]
+    with torch.no_grad():
+        checked_by_hand(pipe, given, kept, run)
+
+
+def checked_by_hand(pipe: Any, given: dict[str, Any], kept: Tensor, run: Run) -> None:
     by_hand = pipe.transformer(
         **{
             **given,
@@ -316,7 +323,8 @@ def test_the_noise_of_joining_tokens_has_the_steps_variance(start: str) -> None:
     def step_at(index: int) -> Step:
         sigma = float(sigmas[first + index])
         sample = (1 - sigma) * clean + sigma * noise
-        return Step(index, pipe.scheduler.timesteps[first + index], noise - clean, sample, True)
+        velocity = technique.lifted(state, noise - clean)
+        return Step(index, pipe.scheduler.timesteps[first + index], velocity, sample, True)
 
     state.noise = technique._first_noise(run, step_at(0))
     after = float(sigmas[first + run.index + 1])
@@ -346,7 +354,7 @@ def test_batches_bfloat16_second_calls_and_pictures_at_the_start() -> None:
     made, _, fast = traced(tiny("sd3", dtype=torch.bfloat16), "just_in_time", "sd3")
     assert bool(made.isfinite().all()) and fast.activity["just_in_time.joined"] > 0
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    made, run, fast = traced(
+    made, _run, fast = traced(
         tiny("sd3", kind="StableDiffusion3Img2ImgPipeline"),
         "just_in_time",
         "sd3",
@@ -371,10 +379,50 @@ def test_what_it_cannot_run_on_is_refused() -> None:
         hasten.apply(tiny("sana"), "just_in_time")
     with pytest.raises(PlanError, match="coarse"):
         hasten.plan.Plan.parse("just_in_time(coarse=0.0)")
-    with hasten.apply(tiny("pixart"), "just_in_time(sigmas=beta)") as fast:
-        with pytest.raises(SubjectError, match="no flow"):
-            fast(**call("pixart"))
+    with (
+        hasten.apply(tiny("pixart"), "just_in_time(sigmas=beta)") as fast,
+        pytest.raises(SubjectError, match="no flow"),
+    ):
+        fast(**call("pixart"))
     # Too few steps for a coarse stage: nothing is left out, and nothing says otherwise.
     plain = picture(tiny("sd3")(**call("sd3", num_inference_steps=1)))
     made, _, fast = traced(tiny("sd3"), "just_in_time", "sd3", num_inference_steps=1)
     assert torch.equal(made, plain) and "just_in_time.joined" not in fast.activity
+
+
+# --------------------------------------------------------------------------------- trained models
+@pytest.mark.zoo
+def test_on_a_trained_model_every_part_of_it_is_needed() -> None:
+    name = "scenes-dit"
+    drawn.model(name)
+    full = drawn.draw(name, "", num_inference_steps=20)
+    made = {
+        knobs: drawn.draw(name, f"just_in_time({knobs})", num_inference_steps=20)
+        for knobs in ("landing=exact", "landing=none", "grow=random")
+    }
+    ours = made["landing=exact"]
+    assert ours.psnr(full) > made["landing=none"].psnr(full) + 1
+    assert ours.psnr(full) > made["grow=random"].psnr(full)
+    assert ours.attributes() > made["landing=none"].attributes()
+    assert ours.attributes() > full.attributes() - 0.1
+
+
+@pytest.mark.zoo
+def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "scenes-dit"
+    drawn.model(name)
+    full = drawn.draw(name, "", 8, num_inference_steps=20)
+    ours = drawn.draw(name, "just_in_time", 8, num_inference_steps=20)
+    cut = Subset._cut
+
+    def regridded(self: Subset, argument: str, value: Any) -> Any:
+        """The first places in the grid, whichever tokens are kept."""
+        kept, self.kept = self.kept, torch.arange(len(self.kept))
+        try:
+            return cut(self, argument, value)
+        finally:
+            self.kept = kept
+
+    monkeypatch.setattr(Subset, "_cut", regridded)
+    wrong = drawn.draw(name, "just_in_time", 8, num_inference_steps=20)
+    assert ours.psnr(full) > wrong.psnr(full) + 1

@@ -18,20 +18,32 @@ def test_no_share_is_the_original_bit_for_bit() -> None:
     assert not own(activity, "random_block_reuse")
 
 
-@pytest.mark.parametrize(("share", "number"), [(0.34, 1), (0.67, 2), (1.0, 3)])
-def test_as_many_blocks_add_what_they_added_when_they_last_ran(share: float, number: int) -> None:
+@pytest.mark.parametrize(
+    ("interval", "share", "number"), [(2, 0.67, 5), (3, 0.5, 5), (2, 0.5, 4), (1000000, 1.0, 15)]
+)
+def test_blocks_add_what_they_added_when_they_last_ran(
+    interval: int, share: float, number: int
+) -> None:
     pipe = tiny("dit")
     blocks = block_list(pipe)
-    plan = f"random_block_reuse(share={share})"
+    plan = f"random_block_reuse(interval={interval}, share={share})"
     with recording(blocks) as seen, recording([block.ff for block in blocks]) as inner:
         _, activity = made(pipe, "dit", plan, num_inference_steps=6)
-    assert activity["random_block_reuse.reused"] == 5 * number
-    assert sum(len(inner.of(block.ff)) for block in blocks) == 18 - 5 * number
-    if number == 3:
+    assert activity["random_block_reuse.reused"] == number
+    assert sum(len(inner.of(block.ff)) for block in blocks) == 18 - number
+    if number == 15:  # all but the first step
         for block in blocks:
             first, *later = seen.of(block)
             added = first.output - first.args[0]
             assert all(torch.equal(one.output, one.args[0] + added) for one in later)
+
+
+@pytest.mark.parametrize("knobs", ["interval=2, share=0.67", "interval=3, share=1.0"])
+def test_as_many_as_delta_dit(knobs: str) -> None:
+    pipe, more = tiny("dit"), {"num_inference_steps": 13}
+    ours = made(pipe, "dit", f"random_block_reuse({knobs})", **more)[1]
+    deltas = made(pipe, "dit", f"delta_dit({knobs})", **more)[1]
+    assert abs(ours["random_block_reuse.reused"] - deltas["delta_dit.reused"]) <= 1
 
 
 def test_the_seed_says_which() -> None:

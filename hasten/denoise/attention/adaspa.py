@@ -164,6 +164,11 @@ class AdaSpa(Attention):
         """See `DenoiseTechnique.begin`."""
         return State(torch.Generator().manual_seed(self.seed))
 
+    def most(self, shares: Any) -> float:
+        """How many times cheaper attention gets at most, for long sequences and many steps."""
+        left = self.first / 50 + (1.0 - self.first / 50) * (1.0 - self.sparsity)
+        return 1.0 / left if left else float("inf")
+
     def attend(self, state: State, run: Run, call: AttentionCall) -> Tensor:
         """See `Attention.attend`."""
         if state.step != run.index:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.denoise.attention.sparse import GATHERED, Cells, Sequences
+from hasten.denoise.attention.sparse import Cells, Sequences
+
+HELD = 2**20  # scores at a time; they should fit a processor's cache
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def search(parts: Sequences, cells: Cells, lse: Tensor | None = None) -> Masses:
     """
     items, blocks, size, _ = parts.query.shape
     keys = torch.cat([parts.key.flatten(1, 2), parts.text_key], dim=1).float()
-    step = max(1, GATHERED // max(1, items * size * keys.shape[1]))
+    step = max(1, HELD // max(1, items * size * keys.shape[1]))
     found = [
         _search(
             parts,

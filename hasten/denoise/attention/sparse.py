@@ -7,7 +7,7 @@ cells and all of the text; the text reads everything. What is not read is not co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -187,22 +187,27 @@ def _some(tensor: Tensor, items: Tensor | None) -> Tensor:
 
 
 def attend(
-    run: Run, name: str, call: AttentionCall, cells: Cells, start: int, reads: Iterable[Reads]
+    run: Run, name: str, call: AttentionCall, cells: Cells, start: int, reads: Collection[Reads]
 ) -> Tensor:
     """(batch, heads, length, head_dim) attention that reads what `reads` says, and all of the text.
 
     Counts "pairs", those of a query and a key that were computed, and "pairs_saved", those that dense
-    attention would have computed beyond them.
+    attention would have computed beyond them. Where that is nothing, because of padding, it is dense.
 
     Args:
         start: where the sample's tokens begin; what stands before and behind is text.
     """
-    parts = Sequences.of(call, cells, start)
+    batch, heads, length, _ = call.query.shape
+    text, dense = length - len(cells.inverse), batch * heads * length * length
+    pairs = batch * heads * text * length
+    for some in reads:
+        items = batch * heads if some.items is None else len(some.items)
+        queries = items * some.keys.shape[1] * cells.size
+        pairs += queries * (some.keys.shape[2] * cells.size + text)
+    parts = Sequences.of(call, cells, start) if pairs < dense else None
     if parts is None:
         return call.dense()
-    batch, heads, length, _ = call.query.shape
     out = torch.empty_like(parts.query)
-    text, pairs = length - len(cells.inverse), 0
     for some in reads:
         made = parts.read(some)
         if some.items is not None:
@@ -211,10 +216,8 @@ def attend(
             out[:, some.cells] = made
         else:
             out = made
-        pairs += math.prod(made.shape[:3]) * (some.keys.shape[-1] * cells.size + text)
-    pairs += batch * heads * text * length
     run.activity[f"{name}.pairs"] += pairs
-    run.activity[f"{name}.pairs_saved"] += batch * heads * length * length - pairs
+    run.activity[f"{name}.pairs_saved"] += dense - pairs
     return whole(call, out, cells, start)
 
 

@@ -99,9 +99,9 @@ class DeltaDiT(Block):
         ),
         neutral={"interval": 1},
         rival=Rival(
-            "delta_dit(interval={interval}, share={share}, order=front, keep=output)",
+            "random_block_reuse(interval={interval}, share={share})",
             "psnr",
-            "keeps the range's output, so that nothing of the new sample comes past it",
+            "as many blocks left out in the same way, drawn by chance at each step",
         ),
         saves="blocks",
         notes=(

@@ -13,7 +13,7 @@ steps, one solver and its timesteps, which are saved with it and checked.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from hasten.technique import (
     knob,
     technique,
 )
+
+if TYPE_CHECKING:
+    from hasten.preparation import Preparation
 
 THRESHOLD = 0.1  # a chance above it means that the layer runs, and its output is kept anew
 
@@ -61,6 +64,7 @@ class State:
     """One call of the pipeline: the table as lists, and what was kept of each layer's last run."""
 
     table: Table
+    step: int = -1  # at which the sampler was last checked
     runs: list[list[bool]] = field(default_factory=list)
     counting: Counting = field(default_factory=Counting)
     kept: dict[tuple[int, int, Place], tuple[Any, tuple[int, ...]]] = field(default_factory=dict)
@@ -143,7 +147,7 @@ class Harmonica(Block):
         check_blocks(pipe, self.name)
 
     # -- training ----------------------------------------------------------------------------------
-    def prepare(self, preparation: Any) -> Parts:
+    def prepare(self, preparation: Preparation) -> Parts:
         """Train the table: logits (steps, columns), the columns' layers, timesteps and solver."""
         from hasten.denoise.block.router import RouterTraining
 
@@ -181,12 +185,13 @@ class Harmonica(Block):
     # -- the slot's methods ------------------------------------------------------------------------
     def begin(self, run: Run, bound: Table) -> State:
         """Nothing is kept at first."""
-        return State(bound, bound.runs.tolist())
+        return State(bound, runs=bound.runs.tolist())
 
     def sublayer(self, state: State, run: Run, key: tuple[int, str], compute: Any) -> Any:
         """See `Block.sublayer`."""
-        if state.counting.call is None:
+        if state.step != run.index <= 1:  # only then is it known at which step the loop began
             self._check_schedule(state.table, run)
+            state.step = run.index
         place = state.counting.place(run, key)
         column = state.table.columns.get(place)
         if column is None:  # a layer that did not run in training

@@ -40,7 +40,7 @@ class RandomBlockReuse(Block):
         loss=Loss.LOSSY,
         neutral={"share": 0.0},
         saves="blocks",
-        notes="A baseline: delta_dit with its defaults leaves out as much as a share of 0.375 does.",
+        notes="A baseline. It leaves out as many blocks as delta_dit with the same knobs.",
     )
     contract: ClassVar[Contract] = Contract(
         slots=(Slot.BLOCK,),
@@ -48,8 +48,12 @@ class RandomBlockReuse(Block):
         phase=Phase.PASS,
     )
 
+    interval: int = knob(2, "of delta_dit, of whose blocks as many are left out", low=1)
     share: float = knob(
-        0.375, "share of the blocks that each step but the first leaves out", low=0.0, high=1.0
+        0.75,
+        "of delta_dit, likewise; (interval - 1) / interval * share is left out",
+        low=0.0,
+        high=1.0,
     )
     seed: int = knob(0, "seed of the choice", low=0)
 
@@ -57,9 +61,14 @@ class RandomBlockReuse(Block):
         """See `DenoiseTechnique.check`."""
         check_blocks(pipe, self.name)
 
+    @property
+    def left_out(self) -> float:
+        """The share of the blocks that the steps behind the first leave out on average."""
+        return (self.interval - 1) / self.interval * self.share
+
     def most(self, shares: Any) -> float:
         """How many times cheaper the blocks get at most."""
-        return 1.0 / (1.0 - self.share) if self.share < 1.0 else float("inf")
+        return 1.0 / (1.0 - self.left_out)
 
     def begin(self, run: Run, bound: Any) -> State:
         """See `DenoiseTechnique.begin`."""
@@ -71,8 +80,11 @@ class RandomBlockReuse(Block):
             state.network, state.kept = run.call.module, {}
         if state.step != run.index:
             order = torch.randperm(call.count, generator=state.luck)
-            state.step = run.index
-            state.drawn = frozenset(order[: round(self.share * call.count)].tolist())
+            each = (
+                self.left_out * call.count
+            )  # what it lacks of a whole number, later steps make up
+            number = round(each * run.index) - round(each * max(run.index - 1, 0))
+            state.step, state.drawn = run.index, frozenset(order[:number].tolist())
         place = (call.branch, call.index)
         kept = state.kept.get(place) if call.index in state.drawn else None
         fitting = None if kept is None else kept.fitted(run, call)
@@ -81,6 +93,6 @@ class RandomBlockReuse(Block):
             return fitting.onto(call)
         before = tokens_of(call)
         output = call.compute()
-        if self.share > 0.0:
+        if self.left_out > 0.0:
             state.kept[place] = Kept.between(run, before, call.parts(output))
         return output

@@ -68,6 +68,7 @@ class RouterTraining:
         self.weights = torch.ones(num_steps)
         self.price: float | None = None  # of one layer at one step; known after one trajectory
         self.errors: list[float] = []
+        self.weighed = 0  # updates done when the steps were weighed
         self.timesteps = torch.zeros(0)
 
     # -- the whole ---------------------------------------------------------------------------------
@@ -75,13 +76,12 @@ class RouterTraining:
         """Train, and give the table as it is saved."""
         with _quiet(self.pipe), _frozen(networks(self.pipe)):
             self._first_look()
+            self._weigh_steps()
             self._walk()  # without updates: how large errors are
             self.price = self.beta * sum(self.errors) / len(self.errors) / self.num_columns
-            self.errors.clear()
-            measured = 0
             while self.done < self.updates:
-                if self.weigh != "one" and (self.done == 0 or self.done - measured >= REFRESH):
-                    self.weights, measured = self._measure_weights(), self.done
+                if self.done - self.weighed >= REFRESH:
+                    self._weigh_steps()
                 self._walk()
         solver = type(self.pipe.scheduler).__name__.encode()
         return {
@@ -98,7 +98,7 @@ class RouterTraining:
 
     def _first_look(self) -> None:
         """Find the layers, and make the logits: the first step always runs, others begin anyhow."""
-        run = self._run("fill", steps=frozenset())
+        run = self._run("fill")
         self.timesteps = torch.as_tensor(self.pipe.scheduler.timesteps).double().cpu()
         if run.index != self.num_steps or len(self.timesteps) != self.num_steps:
             raise HastenError(
@@ -136,8 +136,9 @@ class RouterTraining:
             target, found = unpack(reference)[0], unpack(mixed)[0]
             error = (found.float() - target.float()).square().mean()
             weighed = self.weights[run.index].item() * error
-            self.errors.append(float(weighed.detach()))
-            if self.price is not None:
+            if self.price is None:
+                self.errors.append(float(weighed.detach()))
+            else:
                 (weighed + self.price * self.mixer.chances.sum()).backward()
         if self.price is not None and self.done < self.updates:
             optimizer = self.optimizers[run.index - 1]
@@ -156,25 +157,40 @@ class RouterTraining:
         return original()
 
     # -- what reuse does to the final sample -------------------------------------------------------
-    def _measure_weights(self) -> Tensor:
+    def _weigh_steps(self) -> None:
+        """Set the steps' weights anew."""
+        self.weighed = self.done
+        if self.weigh == "one":
+            return
+        # Before training the table says nothing yet, and everything is reused.
+        nothing = [[False] * self.num_columns] * self.num_steps
+        weights = self._measure_weights(self._table() if self.done else nothing)
+        if self.weigh == "shuffled":
+            order = torch.randperm(self.num_steps - 1, generator=self.generator)
+            weights[1:] = weights[1:][order]
+        self.weights = weights
+
+    def _measure_weights(self, table: list[list[bool]]) -> Tensor:
         """(steps,) how much the final sample changes when reuse at a step is added; mean 1.
 
         Reuse is in force at all steps before it and at none behind. A step at which the table reuses
         nothing says nothing, and weighs as others do on average.
         """
         seed, prompts = self._draw_seed(), self.preparation.draw(WEIGHING, self.generator)
-        finals = [
-            _final(self._run("hard", steps=frozenset(range(1, end)), seed=seed, prompts=prompts))
-            for end in range(1, self.num_steps + 1)
-        ]
+        finals = []
+        for end in range(1, self.num_steps + 1):
+            reused = frozenset(range(1, end))
+            run = self._run("hard", table=table, steps=reused, seed=seed, prompts=prompts)
+            finals.append(final_sample(run))
         changes = [(b - a).square().mean() for a, b in pairwise(finals)]
         weights, known = torch.stack(changes).cpu(), torch.tensor(changes) > 0
         if not bool(known.any()):
             return torch.ones(self.num_steps)
         weights[~known] = weights[known].mean()
-        if self.weigh == "shuffled":
-            weights = weights[torch.randperm(len(weights), generator=self.generator)]
         return torch.cat([torch.zeros(1), weights / weights.mean()])
+
+    def _table(self) -> list[list[bool]]:
+        return [row.sigmoid().gt(THRESHOLD).tolist() for row in self.logits]
 
     # -- running the pipeline ----------------------------------------------------------------------
     def _draw_seed(self) -> int:
@@ -184,6 +200,7 @@ class RouterTraining:
         self,
         mode: str,
         *,
+        table: list[list[bool]] | None = None,
         steps: frozenset[int] = frozenset(),
         forward: Callable[[Run, Callable[[], Any]], Any] | None = None,
         seed: int | None = None,
@@ -191,8 +208,7 @@ class RouterTraining:
     ) -> Run:
         """Call the pipeline once, with its network in a mode or by `forward`."""
         self.mixer.clear()
-        self.mixer.mode, self.mixer.steps = mode, steps
-        self.mixer.table = [row.sigmoid().gt(THRESHOLD).tolist() for row in self.logits]
+        self.mixer.mode, self.mixer.steps, self.mixer.table = mode, steps, table or []
         run = Run(self.pipe, Slots(block=(self.mixer, None)))
         run.trace = []
         arguments = call_arguments(
@@ -269,7 +285,8 @@ class Mixer(Block):
         return mixed
 
 
-def _final(run: Run) -> Tensor:
+def final_sample(run: Run) -> Tensor:
+    """What the solver's last step made, on the run's way to a picture."""
     assert run.trace is not None
     result = run.trace[-1].result
     assert result is not None

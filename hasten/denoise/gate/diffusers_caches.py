@@ -9,12 +9,15 @@ they save is counted, as layers that were entered and not computed.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from hasten.denoise.blocks import blocks
 from hasten.denoise.levels import level
 from hasten.denoise.network import Call, hooked, networks
 from hasten.denoise.run import Run
@@ -87,6 +90,10 @@ class DiffusersCache(Gate, Block):
                 look_again(network)
             return stack.pop_all()
 
+    def restart(self, state: ExitStack, run: Run, bound: Any) -> ExitStack:
+        """The hooks stay; `around` has made them forget before the network was entered."""
+        return state
+
     def finish(self, state: ExitStack, run: Run) -> None:
         """Take the hooks off."""
         state.close()
@@ -96,10 +103,16 @@ class DiffusersCache(Gate, Block):
         from diffusers.models.cache_utils import CacheMixin
 
         memories: dict[tuple[int, int], Any] = {}
-        watch = Watch(run)
+        watch, shape = Watch(run), torch.Size()
 
         def forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+            nonlocal shape
             call = Call(module, args, kwargs, run.calls)
+            if shape != call.x.shape[1:]:
+                shape = call.x.shape[1:]
+                memories.clear()
+                for hook in hooks:
+                    hook.reset_state(module)
             for number, hook in enumerate(hooks):
                 if hasattr(hook, "state"):
                     fresh = type(hook.state)
@@ -107,12 +120,32 @@ class DiffusersCache(Gate, Block):
                 self.adjust(hook, run, call)
             mixin: Any = CacheMixin
             place = {"step_index": run.index, "num_inference_steps": run.num_steps}
-            with mixin.cache_context(
-                module, f"call {call.branch}", sigma=watch.noise_share, **place
+            with (
+                _explained(self.name, module),
+                mixin.cache_context(
+                    module, f"call {call.branch}", sigma=watch.noise_share, **place
+                ),
             ):
                 return original(*args, **kwargs)
 
         return forward
+
+
+@contextmanager
+def _explained(name: str, network: nn.Module) -> Iterator[None]:
+    """Say whose fault it is where a hook itself fails on what the network's layers make."""
+    try:
+        yield
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if "diffusers.hooks" not in str(frame.f_globals.get("__name__")):
+            raise
+        raise _unsupported(name, network, error) from error
+
+
+def _unsupported(name: str, network: nn.Module, error: Exception) -> SubjectError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return SubjectError(f"Diffusers' {name} does not support {type(network).__name__}: {reason}.")
 
 
 @contextmanager
@@ -132,10 +165,7 @@ def worn(
         try:
             cache.put_on(network, watch, parts)
         except (ValueError, IndexError, AttributeError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise SubjectError(
-                f"Diffusers' {cache.name} does not support {type(network).__name__}: {reason}."
-            ) from error
+            raise _unsupported(cache.name, network, error) from error
         worn = [
             hook
             for module, (had, *_) in before.items()
@@ -215,6 +245,12 @@ def of_diffusers(name: str) -> Any:
     if found is None:
         raise SubjectError(f"Diffusers {diffusers.__version__} has no {name}; use a newer version.")
     return found
+
+
+def check_text(network: nn.Module) -> None:
+    """Raise where the last block gives no text tokens back, which some hooks want of it."""
+    if any(getattr(block, "context_pre_only", False) for block in blocks(network)):
+        raise ValueError("its last block gives no text tokens back, and the hook wants them")
 
 
 def cache_card(title: str, link: str, neutral: dict[str, Any], **more: Any) -> Card:

@@ -12,6 +12,7 @@ from hasten.denoise.gate.diffusers_caches import (
     DiffusersCache,
     Watch,
     cache_card,
+    check_text,
     of_diffusers,
 )
 from hasten.technique import Card, Contract, Parts, knob, technique
@@ -33,5 +34,6 @@ class FirstBlockCache(DiffusersCache):
 
     def put_on(self, network: nn.Module, watch: Watch, parts: Parts) -> None:
         """See `DiffusersCache.put_on`."""
+        check_text(network)
         config = of_diffusers("FirstBlockCacheConfig")(threshold=self.threshold)
         of_diffusers("apply_first_block_cache")(network, config)

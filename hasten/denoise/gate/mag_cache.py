@@ -94,16 +94,28 @@ class MagCache(DiffusersCache):
                 look_again(network)
                 arguments = call_arguments(pipe, [prompt], **preparation.arguments)
                 pipe(**arguments, generator=generator)
-                states = hooks[0].state_manager._state_cache.values()
-                measured += [torch.tensor(state.calibration_ratios) for state in states]
+            measured += [torch.tensor(ratios) for ratios in calibration.measured.values()]
             preparation.tick(number + 1, len(prompts), self.name)
         return {"ratios": torch.stack(measured).mean(dim=0)}
 
 
 class _Calibration(DiffusersCache):
-    """MagCache with nothing skipped, that measures."""
+    """MagCache with nothing skipped, that measures.
+
+    Attributes:
+        measured: the ratios of each call of a step, one for each step.
+    """
 
     name = "mag_cache"
+
+    def __init__(self) -> None:
+        self.measured: dict[int, list[float]] = {}
+
+    def adjust(self, hook: Any, run: Run, call: Call) -> None:
+        """Hold on to the lists that it fills, since pipelines make hooks forget at their end."""
+        manager = getattr(hook, "state_manager", None)
+        for state in manager._state_cache.values() if manager is not None else ():
+            self.measured[id(state)] = state.calibration_ratios
 
     def put_on(self, network: nn.Module, watch: Watch, parts: Parts) -> None:
         """See `DiffusersCache.put_on`."""

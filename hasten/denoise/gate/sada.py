@@ -36,11 +36,12 @@ from hasten.denoise.gate.history import (
     window,
     with_mean_part,
 )
-from hasten.denoise.gate.token_choice import TokenCache, check_tokens
+from hasten.denoise.gate.token_choice import TokenCache
 from hasten.denoise.levels import Level, is_flow, level
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Block, Gate
+from hasten.denoise.state.tokens import check_tokens
 from hasten.errors import SubjectError
 from hasten.technique import (
     Card,
@@ -175,7 +176,7 @@ class Sada(Gate, Block):
                 "UniPC, Euler or a flow-matching scheduler."
             )
         if self.tokens > 0.0:
-            check_tokens(pipe, self.name)
+            check_tokens(self.name, pipe)
 
     def begin(self, run: Run, bound: Any) -> State:
         """See `DenoiseTechnique.begin`."""

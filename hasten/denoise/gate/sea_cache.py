@@ -12,6 +12,7 @@ from hasten.denoise.gate.diffusers_caches import (
     DiffusersCache,
     Watch,
     cache_card,
+    check_text,
     of_diffusers,
 )
 from hasten.denoise.network import Call
@@ -39,6 +40,7 @@ class SeaCache(DiffusersCache):
 
     def put_on(self, network: nn.Module, watch: Watch, parts: Parts) -> None:
         """See `DiffusersCache.put_on`."""
+        check_text(network)
         config = of_diffusers("SeaCacheConfig")(
             threshold=self.threshold,
             residual_order=self.order,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.denoise.blocks import BlockCall, blocks
+from hasten.denoise.blocks import BlockCall
 from hasten.denoise.layout import Layout
-from hasten.denoise.network import networks
 from hasten.denoise.run import Run
-from hasten.errors import SubjectError
+from hasten.denoise.state.tokens import Subset
 
 CELL = 3
 """One token of each cell of so many by so many is computed at every step, chosen by chance."""
@@ -93,59 +91,11 @@ class TokenCache:
         return self.kept[tokens]
 
 
-def check_tokens(pipe: Any, name: str) -> None:
-    """Raise where blocks cannot run on some of the tokens only."""
-    for network in networks(pipe):
-        found = blocks(network)
-        kind = type(network).__name__
-        if not found:
-            raise SubjectError(
-                f"{name} leaves tokens out of transformer blocks, and {kind} has no list of such "
-                "blocks; set tokens=0."
-            )
-        for block in found:
-            if "height" in inspect.signature(type(block).forward).parameters:
-                raise SubjectError(
-                    f"{name} leaves tokens out of transformer blocks, and those of {kind} mix "
-                    "neighbours in a grid, so all tokens have to be there; set tokens=0."
-                )
-
-
 def shorten(call: BlockCall, kept: Tensor) -> None:
     """Leave all tokens but some out of what a block is given: positions and masks as well."""
-    tokens = call.hidden.shape[1]
-    text = 0 if call.text is None else call.text.shape[1]
-    call.hidden = call.hidden.index_select(1, kept)
-    whole = torch.cat((torch.arange(text, device=kept.device), text + kept))
-    index = {tokens: kept, tokens + text: whole}
-    names = list(inspect.signature(type(call.module).forward).parameters)[1:]
-    call.args = tuple(
-        value if at == 0 and "hidden_states" not in call.kwargs else _short(name, value, index)
-        for at, (name, value) in enumerate(zip(names, call.args, strict=False))
-    )
-    call.kwargs = {
-        name: value if name == "hidden_states" else _short(name, value, index)
-        for name, value in call.kwargs.items()
-    }
-
-
-def _short(name: str, value: Any, index: dict[int, Tensor]) -> Any:
-    """An argument without what is about the tokens that are left out."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_short(name, entry, index) for entry in value)
-    if not isinstance(value, Tensor) or name.startswith(("encoder_hidden", "text", "context")):
-        return value
-    if "mask" in name:
-        axes = [axis for axis in range(1, value.ndim) if value.shape[axis] in index]
-    elif any(part in name for part in ("rot", "freq", "pos")):
-        axes = [axis for axis in range(value.ndim - 1) if value.shape[axis] in index][-1:]
-    else:  # a modulation of each token
-        axes = [1] if value.ndim > 2 and value.shape[1] == min(index) else []
-    if name.startswith("encoder"):
-        axes = []
-    for axis in axes:
-        value = value.index_select(axis, index[value.shape[axis]])
-    return value
+    whole = torch.arange(call.hidden.shape[1])
+    call.hidden = call.hidden.index_select(1, kept.to(call.hidden.device))
+    Subset(kept, whole).cut_arguments(call)
 
 
 def _of_tokens(score: Tensor, layout: Layout, tokens: int) -> Tensor | None:

@@ -6,9 +6,9 @@ compared by the cosine between them, and from the step after the one that reache
 the conditional branch runs alone. The switch is for good, and each sample of a batch has its own.
 
 LinearAG, also of the paper, takes the unconditional prediction at other steps from earlier ones, by
-scalar coefficients that are fitted once per model, number of steps and guidance scale. Inferred: in
-the first half of sampling every other step runs both branches; the rest is taken from the fit until
-a sample has switched.
+scalar coefficients that `prepare` fits for a number of steps and a guidance scale (`linear`). Inferred:
+in the first half of sampling every other step runs both branches; all others take it from the fit,
+until the sample has switched.
 
 The paper compares the networks' predictions of noise. A network that predicts a flow speaks of no
 noise but the sample itself where sampling begins, so for those the predicted clean samples are
@@ -17,18 +17,31 @@ compared, as widely used ports do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.denoise.guidance import like
+from hasten.denoise.guider.linear import Way, fit_pipeline, predict
 from hasten.denoise.levels import is_flow
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider
-from hasten.technique import Card, Claim, Contract, Loss, Rival, Slot, knob, technique
+from hasten.errors import HastenError
+from hasten.technique import (
+    Card,
+    Claim,
+    Contract,
+    Loss,
+    Parts,
+    Resource,
+    Rival,
+    Slot,
+    knob,
+    technique,
+)
 
 NEVER = 1.0  # a cosine that no pair of predictions passes
 
@@ -40,10 +53,15 @@ class State:
     Attributes:
         switched: (samples,) whose unconditional branch runs no more; None before the first step.
         cosines: (samples,) of each step that compared, in order; NaN where a sample did not.
+        parts: the fit of LinearAG; `way`: what both branches said so far, for it.
+        fitted: whether the step in hand takes the unconditional prediction from the fit.
     """
 
     switched: Tensor | None
     cosines: list[Tensor]
+    parts: Parts
+    way: Way = field(default_factory=Way)
+    fitted: bool = False
 
 
 @technique("adaptive_guidance")
@@ -78,7 +96,10 @@ class AdaptiveGuidance(Guider):
             "branch first, in a call of its own, keep it."
         ),
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.GUIDER,))
+    part_knobs: ClassVar[tuple[str, ...]] = ("linear", "steps")
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.GUIDER,), needs=frozenset({Resource.TRAJECTORY})
+    )
 
     threshold: float = knob(
         0.99,
@@ -93,22 +114,66 @@ class AdaptiveGuidance(Guider):
         "takes noise, and clean samples of a flow",
         choices=("auto", "noise", "clean", "output"),
     )
+    linear: bool = knob(
+        False, "take other unconditional predictions from a fit; saves more, drifts more (LinearAG)"
+    )
+    steps: int = knob(20, "number of steps that the fit is for", low=2)
+    trajectories: int = knob(200, "guided ways that are fitted", low=1)
+
+    @property
+    def trained(self) -> bool:
+        """Only LinearAG needs a fit."""
+        return self.linear
+
+    def terms(self) -> Contract:
+        """LinearAG needs the outputs of every step."""
+        if not self.linear:
+            return self.contract
+        return replace(self.contract, needs=self.contract.needs | {Resource.EVERY_CALL})
+
+    def prepare(self, preparation: Any) -> Parts:
+        """Fit LinearAG's coefficients: "conditional", "unconditional", (steps, steps); "explained"."""
+        if not self.linear:
+            return {}
+        return fit_pipeline(preparation, self.steps, preparation.steps or self.trajectories)
 
     def begin(self, run: Run, bound: Any) -> State:
         """See `DenoiseTechnique.begin`."""
-        return State(None, [])
+        return State(None, [], bound)
 
     def wanted(self, state: State, run: Run, call: Call) -> Tensor:
         """The samples that have not switched."""
         assert state.switched is not None, "asked before any step was compared"
-        return ~state.switched
+        state.fitted = self.linear and (run.index % 2 == 1 or run.index >= run.num_steps // 2)
+        return torch.zeros_like(state.switched) if state.fitted else ~state.switched
+
+    def missing(self, state: State, run: Run, conditional: Tensor) -> Tensor:
+        """What the fit says for samples that are still guided; else the conditional output."""
+        if not state.fitted or state.switched is None or bool(state.switched.all()):
+            return conditional
+        channels = (
+            state.way.conditional[0].numel() // conditional[0, :1].numel() // len(conditional)
+        )
+        known = conditional[:, :channels]
+        found = predict(state.parts, state.way, known).to(known.dtype)
+        run.activity[f"{self.name}.fitted"] += int((~state.switched).sum())
+        guided = (~state.switched).nonzero()[:, 0].to(known.device)
+        made = conditional.clone()
+        made[guided, :channels] = found[guided]
+        return made
 
     def compare(
         self, state: State, run: Run, conditional: Tensor, unconditional: Tensor, step: Step
     ) -> None:
         """Compare the branches of the samples for which both ran."""
         if state.switched is None:
+            self._check_steps(run)
             state.switched = torch.zeros(len(conditional), dtype=torch.bool)
+        if self.linear:
+            state.way.conditional.append(like(conditional, step.sample))
+            state.way.unconditional.append(like(unconditional, step.sample))
+        if state.fitted:
+            return
         compared = ~state.switched
         found = self.cosine(run, conditional, unconditional, step)
         state.cosines.append(found.masked_fill(~compared, torch.nan))
@@ -118,6 +183,13 @@ class AdaptiveGuidance(Guider):
             state.switched = state.switched | switching
             run.activity[f"{self.name}.switched"] += count
             run.activity[f"{self.name}.switched_at_{step.index + 1}"] += count
+
+    def _check_steps(self, run: Run) -> None:
+        if self.linear and run.first + run.num_steps != self.steps:
+            raise HastenError(
+                f"{self.name}(linear=true, steps={self.steps}) was fitted for {self.steps} steps and this call has "
+                f"{run.num_steps}; set steps={run.num_steps} and prepare it for that."
+            )
 
     def cosine(self, run: Run, conditional: Tensor, unconditional: Tensor, step: Step) -> Tensor:
         """(samples,) cosine between both branches' predictions, on the CPU."""

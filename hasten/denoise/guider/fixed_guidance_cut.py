@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider
-from hasten.technique import Card, Contract, Loss, Slot, knob, technique
+from hasten.technique import Card, Contract, Loss, Resource, Slot, knob, technique
 
 
 @dataclass
@@ -41,7 +41,9 @@ class FixedGuidanceCut(Guider):
             "The very first step always runs both branches, because that is how they are told apart."
         ),
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.GUIDER,))
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.GUIDER,), needs=frozenset({Resource.TRAJECTORY})
+    )
 
     first: float = knob(0.0, "share of the steps after which guidance begins", low=0.0, high=1.0)
     last: float = knob(0.65, "share of the steps after which guidance ends", low=0.0, high=1.0)

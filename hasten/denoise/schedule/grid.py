@@ -120,17 +120,17 @@ def set_grid(run: Run, wanted: Sequence[float], *, sigmas: Sequence[float] | Non
     forget(scheduler)
 
 
-def check_grid(scheduler: Any) -> None:
-    """Raise a SubjectError for a scheduler whose coefficients cannot follow other timesteps."""
+def check_grid(scheduler: Any, who: str = "") -> None:
+    """Raise a SubjectError, which names a technique, for a scheduler whose coefficients cannot follow other timesteps."""
     name = type(scheduler).__name__
     known = (
-        _has_levels(scheduler)
+        torch.is_tensor(getattr(scheduler, "sigmas", None))
         or hasattr(scheduler, "custom_timesteps")
         or name.startswith(_FIXED_LENGTH)
     )
     if not known or name.startswith(_OTHER_TIMES) or getattr(scheduler, "order", 1) != 1:
         raise SubjectError(
-            f"{name} cannot be given other timesteps; use DDIM, DDPM, Euler, DPM-Solver++ (multistep), "
+            f"{who}{': ' if who else ''}{name} cannot be given other timesteps; use DDIM, DDPM, Euler, DPM-Solver++ (multistep), "
             "UniPC or a flow-matching Euler scheduler."
         )
 

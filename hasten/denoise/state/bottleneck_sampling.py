@@ -148,6 +148,7 @@ class BottleneckSampling(State, Schedule):
 
     def check(self, pipe: Any) -> None:
         """See `DenoiseTechnique.check`."""
+        check_grid(pipe.scheduler, self.name)
         check_sizes(self.name, pipe)
 
     def begin(self, run: Run, bound: Any) -> Progress:
@@ -166,7 +167,6 @@ class BottleneckSampling(State, Schedule):
             raise HastenError(
                 f"{self.name} needs at least 3 steps, one for each stage; this call has {steps}."
             )
-        check_grid(run.scheduler)
         ends = max(1, round(self.first * steps)), max(1, round(self.last * steps))
         if sum(ends) >= steps:
             raise HastenError(
@@ -197,6 +197,8 @@ class BottleneckSampling(State, Schedule):
         steps = len(curve) - 1
         shifts = (self.shift_first, self.shift_small, self.shift_last)
         wanted = (curve[0], self.enter_small, self.enter_full)
+        if self.switch == "noisy":  # goes on at the level that was reached
+            wanted = (curve[0], 0.0, 0.0)
         level, found = curve[0], []
         for shift, least, start, end in zip(
             shifts, wanted, starts, [*starts[1:], steps], strict=True
@@ -210,7 +212,7 @@ class BottleneckSampling(State, Schedule):
     def feed(self, state: Progress, run: Run, call: Call) -> None:
         """Make the call fit the size of its sample."""
         if state.sizes is None:
-            full = size_of(call, run.pipe)
+            full = size_of(call, run.pipe, self.name)
             state.sizes = full, full.scaled(self.scale)
             if self.scale < 1.0 and state.sizes[0] == state.sizes[1]:
                 raise HastenError(
@@ -230,14 +232,14 @@ class BottleneckSampling(State, Schedule):
             return solved
         assert state.sizes is not None
         old, new = state.size(step.index), state.size(step.index + 1)
-        run.activity[f"{self.name}.switches"] += 1
-        time = run.scheduler.timesteps[run.first + step.index + 1]
-        after = run.level(Step(step.index + 1, time, step.output, step.sample, True))
         if self.switch == "implied" and old == new and self._arrives(run, step):
             return solved
+        run.activity[f"{self.name}.switches"] += 1
         forget(run.scheduler)
         if self.switch == "noisy":
             return resize(solved, old, new)
+        time = run.scheduler.timesteps[run.first + step.index + 1]
+        after = run.level(Step(step.index + 1, time, step.output, step.sample, True))
         level = run.level(step)
         output, sample = like(step.output, step.sample).float(), step.sample.float()
         clean = resize(level.clean(output, sample), old, new)

@@ -187,7 +187,7 @@ class JustInTime(State, Schedule):
         kept = active.nonzero()[:, 0]
         state.subset = None
         if len(kept) < len(active):
-            state.subset = Subset(kept, nearest(kept, state.view.grid))
+            state.subset = Subset(kept, nearest(kept, state.view.grid), self.name)
 
     # -- in the network ----------------------------------------------------------------------------
     def feed(self, state: Progress, run: Run, call: Call) -> None:

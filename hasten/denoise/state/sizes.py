@@ -49,8 +49,8 @@ class Size:
         return (*like.shape[:-2], height * self.unit[0], width * self.unit[1])
 
 
-def size_of(call: Call, pipe: Any) -> Size:
-    """The size of a network call's sample.
+def size_of(call: Call, pipe: Any, who: str) -> Size:
+    """The size of a network call's sample; `who` is the technique that errors speak of.
 
     Raises:
         SubjectError: where it cannot be told.
@@ -60,7 +60,8 @@ def size_of(call: Call, pipe: Any) -> Size:
         patches = Layout.of(call).patch
         patch = patches[1:]
         if not _cuts_patches(call.module):
-            deepest = 2 ** (len(call.module.config.get("block_out_channels", (1,))) - 1)
+            config: Any = call.module.config
+            deepest = 2 ** (len(config.get("block_out_channels", (1,))) - 1)
             patch = (deepest, deepest)
         frames = 1
         if x.ndim == 5:
@@ -70,23 +71,24 @@ def size_of(call: Call, pipe: Any) -> Size:
     grid = Layout.of(call).grid(x.shape[1]) if x.ndim == 3 else None
     if grid is None:
         raise SubjectError(
-            f"{type(pipe).__name__} does not say how its sample's {x.shape[1]} tokens lie, so it cannot be resized."
+            f"{who}: {type(pipe).__name__} does not say how its sample's {x.shape[1]} tokens lie, so it cannot be resized."
         )
-    return Size(grid, (1, 1), _side(x.shape[-1], pipe))
+    return Size(grid, (1, 1), _side(x.shape[-1], pipe, who))
 
 
 def _cuts_patches(module: nn.Module) -> bool:
-    return "patch_size" in module.config or "all_patch_size" in module.config
+    config: Any = module.config
+    return "patch_size" in config or "all_patch_size" in config
 
 
-def _side(values: int, pipe: Any) -> int:
+def _side(values: int, pipe: Any, who: str) -> int:
     """Side of the square that a token of so many values was cut from."""
     config = pipe.vae.config
     channels = config.get("latent_channels") or config.get("z_dim") or values
     side = math.isqrt(max(1, values // channels))
     if side * side * channels != values:
         raise SubjectError(
-            f"A token of {type(pipe).__name__} holds {values} values of {channels} channels, which is no square, "
+            f"{who}: a token of {type(pipe).__name__} holds {values} values of {channels} channels, which is no square, "
             "so its sample cannot be resized."
         )
     return side
@@ -143,7 +145,10 @@ def fit(call: Call, full: Size, now: Size) -> None:
     given = call.kwargs
     frames, height, width = full.grid
     count = frames * height * width
+    text = given.get("encoder_hidden_states")
     for name, value in given.items():
+        if "mask" in name and isinstance(value, Tensor) and isinstance(text, Tensor):
+            given[name] = _fewer(value, text.shape[1], count, math.prod(now.grid))
         if name in ("img_ids", "timestep", "t") or "rotary" in name:
             given[name] = _first_places(name, value, full, now, count)
     if isinstance(given.get("height"), int):
@@ -169,6 +174,14 @@ def _first_places(name: str, value: Any, full: Size, now: Size, count: int) -> A
     return cut.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
+def _fewer(mask: Tensor, text: int, count: int, now: int) -> Tensor:
+    """A mask over text and sample for fewer of the sample's tokens, none of which is ever masked."""
+    if mask.ndim != 2 or mask.shape[1] != text + count:
+        return mask
+    keep = text + now
+    return mask[:, :keep] if bool(mask[:, text:].bool().all()) else mask[:, -keep:]
+
+
 def check_sizes(technique: str, pipe: Any) -> None:
     """Raise a SubjectError for a pipeline in whose loop something else has the sample's size."""
     kind = type(pipe).__name__
@@ -181,6 +194,8 @@ def check_sizes(technique: str, pipe: Any) -> None:
     for module in networks(pipe):
         config: Any = module.config
         inputs, outputs = config.get("in_channels"), config.get("out_channels")
+        if hasattr(pipe, "_pack_latents") and isinstance(outputs, int):
+            outputs *= int(config.get("patch_size") or 1) ** 2
         if isinstance(inputs, int) and isinstance(outputs, int) and inputs > outputs:
             raise SubjectError(
                 f"{type(module).__name__} of {kind} reads {inputs} channels and puts out {outputs}: it is given "
@@ -198,3 +213,16 @@ def fresh(like: Tensor, generator: Any) -> Tensor:
         like.shape, generator=generator, device=like.device, dtype=torch.float32
     )
     return noise
+
+
+def unpacked_latents(x: Tensor, size: Size | None) -> Tensor:
+    """(rows, channels, height, width) of a sample that is packed into tokens."""
+    assert size is not None and size.grid[0] == 1
+    return _planes(x, size)
+
+
+def packed_latents(planes: Tensor, size: Size | None) -> Tensor:
+    """The inverse: (rows, tokens, values)."""
+    assert size is not None and size.grid[0] == 1
+    values = planes.shape[1] * size.packed**2
+    return _packed(planes, planes.new_empty(len(planes), 1, values), size)

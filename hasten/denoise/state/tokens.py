@@ -84,11 +84,13 @@ class Subset:
     Attributes:
         kept: (kept,) the tokens, in ascending order.
         nearest: (tokens,) for each token the place in `kept` that stands for it after the blocks.
+        who: the technique that errors speak of.
     """
 
-    def __init__(self, kept: Tensor, nearest: Tensor) -> None:
+    def __init__(self, kept: Tensor, nearest: Tensor, who: str) -> None:
         self.kept = kept
         self.nearest = nearest
+        self.who = who
         self._last: Tensor | None = None
         self._text_first = True
 
@@ -98,15 +100,14 @@ class Subset:
         if call.index == 0:
             if call.hidden.shape[1] != total:
                 raise SubjectError(
-                    f"The blocks of {type(call.module).__name__} are given {call.hidden.shape[1]} tokens and the "
+                    f"{self.who}: the blocks of {type(call.module).__name__} are given {call.hidden.shape[1]} tokens and the "
                     f"sample has {total}, so its tokens cannot be told from others."
                 )
             call.hidden = call.hidden.index_select(1, kept)
         text = call.hidden.shape[1] - len(kept)  # 0 where the text's tokens come apart
         if text:
             self._find_order(call.hidden, text)
-        for name, value, put in _arguments(call):
-            put(self._cut(name, value))
+        self.cut_arguments(call)
         output = call.compute()
         hidden, other = call.parts(output)
         image = hidden if not text else hidden[:, text:] if self._text_first else hidden[:, :-text]
@@ -119,6 +120,11 @@ class Subset:
             image = torch.cat([apart, image] if self._text_first else [image, apart], dim=1)
         return call.output(image, other)
 
+    def cut_arguments(self, call: BlockCall) -> None:
+        """Leave the other tokens out of all that a block is given beside the tokens themselves."""
+        for name, value, put in _arguments(call):
+            put(self._cut(name, value))
+
     def _find_order(self, hidden: Tensor, text: int) -> None:
         """See whether the text's tokens stand before the sample's, in blocks that get both."""
         last = self._last
@@ -127,7 +133,9 @@ class Subset:
         elif last is not None and torch.equal(hidden[:, :-text], last):
             self._text_first = False
         elif last is not None and last.shape[1] != hidden.shape[1] - text:
-            raise SubjectError("The network's blocks mix the sample's tokens with others.")
+            raise SubjectError(
+                f"{self.who}: the network's blocks mix the sample's tokens with others."
+            )
 
     def _cut(self, name: str, value: Any) -> Any:
         """What belongs to the kept tokens of an argument that has an entry for each token."""
@@ -165,7 +173,7 @@ class Subset:
             open_behind = _is_open(mask.narrow(axis, length - total, total))
             if not open_before and not open_behind:
                 raise SubjectError(
-                    "The network masks tokens of text and sample together, and which is which cannot be told."
+                    f"{self.who}: the network masks tokens of text and sample together, and which is which cannot be told."
                 )
             mask = mask.index_select(axis, self._with_text(length, open_behind, mask))
         return mask
@@ -199,7 +207,8 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 def _arguments(call: BlockCall) -> Iterator[tuple[str, Any, Any]]:
     """Name, value and setter of each argument of a block."""
-    names = _names(type(call.module))
+    kind: Any = type(call.module)
+    names = _names(kind)
     for place, value in enumerate(call.args):
 
         def put(new: Any, place: int = place) -> None:
@@ -224,8 +233,9 @@ def check_tokens(technique: str, pipe: Any) -> None:
                 "works on diffusion transformers."
             )
         for block in found:
-            if {"height", "width"} <= set(_names(type(block))):
+            kind: Any = type(block)
+            if {"height", "width"} <= set(_names(kind)):
                 raise SubjectError(
-                    f"{technique} leaves tokens out, and {type(block).__name__} needs all of them: it convolves "
+                    f"{technique} leaves tokens out, and {kind.__name__} needs all of them: it convolves "
                     "over their grid."
                 )

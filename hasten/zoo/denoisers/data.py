@@ -34,11 +34,18 @@ class ScenePictures:
 
     seed: int = 0
     dropped: float = 0.1  # share of captions left empty, for guidance without a classifier
-    halved: float = 0.0  # share of batches that hold four times as many pictures of half the size
+    halved: float = 0.0  # share of large batches with four times as many pictures of half the size
+    halved_from: int = 0  # number of the first batch that can be one of them
+
+    def layout(self, index: int, rows: int, length: int) -> tuple[int, int]:
+        """How many pictures a batch holds, and the tokens of each: as asked for, unless halved."""
+        halve = length >= 256 and index >= self.halved_from
+        if halve and random.Random(index).random() < self.halved:
+            return 4 * rows, length // 4
+        return rows, length
 
     def batch(self, index: int, rows: int, length: int) -> Batch:
-        if random.Random(index).random() < self.halved:
-            rows, length = 4 * rows, length // 4
+        rows, length = self.layout(index, rows, length)
         scenes = _scenes(self.seed, index, rows, length)
         size = PIXELS * math.isqrt(length)
         captions = _drop([caption(scene) for scene in scenes], self.dropped, index + self.seed)
@@ -57,6 +64,10 @@ class SceneClips:
     dropped: float = 0.1
     size: int = 32
     frames: int = 8
+
+    def layout(self, index: int, rows: int, length: int) -> tuple[int, int]:
+        """How many clips a batch holds, and the tokens of each: as asked for."""
+        return rows, length
 
     def batch(self, index: int, rows: int, length: int) -> Batch:
         frames = length // (self.size // PIXELS) ** 2

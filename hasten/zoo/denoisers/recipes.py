@@ -26,13 +26,15 @@ from hasten.zoo.output import (
 from hasten.zoo.scenes.caption import HELD_OUT, prompts
 from hasten.zoo.scenes.judge import (
     Judge,
-    JudgeLoss,
+    Marked,
     features,
     frechet,
+    judge_loss,
     judge_quality,
-    labels,
     load_judge,
+    mark,
     save_judge,
+    set_scale,
 )
 from hasten.zoo.scenes.render import render
 from hasten.zoo.scenes.scene import draw_many
@@ -85,7 +87,8 @@ class PictureRecipe:
     size: int = 64
     frames: int = 1
     average: float = 0.998
-    halved: float = 0.0  # share of batches that hold pictures of half the size
+    halved: float = 0.0  # share of large batches that hold pictures of half the size
+    halved_from: int = 0  # and the first step that can be one of them
     judged: int = 128
 
     def __post_init__(self) -> None:
@@ -128,7 +131,7 @@ RECIPES: dict[str, AnyRecipe] = {
         JudgeRecipe(
             name="scenes-judge",
             training=Settings(
-                tokens=1300 * 64,
+                tokens=1000 * 64,
                 batch_tokens=64,
                 stages=_stages((1, 1.0)),
                 other_lr=3e-3,
@@ -148,9 +151,10 @@ RECIPES: dict[str, AnyRecipe] = {
         AutoencoderRecipe(
             name="scenes-video-vae",
             widths=(64,),
+            latent_channels=16,
             video=True,
             training=Settings(
-                tokens=500 * 8192,
+                tokens=400 * 8192,
                 stages=_stages((64, 0.3), (512, 0.7)),
                 other_lr=2e-3,
                 compile=False,
@@ -162,10 +166,11 @@ RECIPES: dict[str, AnyRecipe] = {
             autoencoder="scenes-vae",
             shape={"width": 192, "layers": 8, "heads": 3, "words_dim": 96},
             sampling=_SAMPLING,
-            halved=0.1,
+            halved=0.5,
+            halved_from=250,
             training=Settings(
-                tokens=1800 * 8192,
-                stages=_stages((64, 0.45), (256, 0.55)),
+                tokens=1000 * 8192,
+                stages=_stages((256, 1.0)),
                 other_lr=2e-3,
                 decay_share=0.5,
                 compile=False,
@@ -178,7 +183,7 @@ RECIPES: dict[str, AnyRecipe] = {
             shape={"widths": (64, 96, 128), "heads": 4, "words_dim": 96},
             sampling=_SAMPLING,
             training=Settings(
-                tokens=1700 * 8192,
+                tokens=800 * 8192,
                 stages=_stages((256, 1.0)),
                 other_lr=1e-3,
                 decay_share=0.5,
@@ -189,14 +194,14 @@ RECIPES: dict[str, AnyRecipe] = {
             name="scenes-video",
             kind="video",
             autoencoder="scenes-video-vae",
-            shape={"width": 192, "layers": 8, "heads": 3, "words_dim": 96},
+            shape={"width": 128, "layers": 8, "heads": 2, "words_dim": 96},
             sampling={**_SAMPLING, "height": 32, "width": 32, "num_frames": 8},
             size=32,
             frames=8,
             judged=64,
             training=Settings(
-                tokens=800 * 8192,
-                stages=_stages((64, 0.4), (512, 0.6)),
+                tokens=700 * 8192,
+                stages=_stages((64, 0.6), (512, 0.4)),
                 other_lr=2e-3,
                 decay_share=0.5,
                 compile=False,
@@ -335,39 +340,30 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Labelled:
-    pictures: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device | str) -> _Labelled:
-        return _Labelled(self.pictures.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class _LabelledScenes:
+class _MarkedScenes:
     seed: int
 
-    def batch(self, index: int, rows: int, length: int) -> _Labelled:
-        scenes = draw_many(rows, self.seed, start=index * rows)
-        return _Labelled(render(scenes), labels(scenes))
+    def batch(self, index: int, rows: int, length: int) -> Marked:
+        return mark(draw_many(rows, self.seed, start=index * rows))
 
 
 def _train_judge(chosen: JudgeRecipe, run: _Run) -> Card:
-    scenes = draw_many(512, HELD_OUT + chosen.training.seed)
-    pictures, true = render(scenes), labels(scenes)
+    held_out = mark(draw_many(512, HELD_OUT + chosen.training.seed))
     judge = Judge(chosen.widths)
     outcome = run.fit(
         judge,
-        _LabelledScenes(chosen.training.seed),
+        _MarkedScenes(chosen.training.seed),
         chosen.training,
-        JudgeLoss(),
-        evaluate=lambda model: judge_quality(model, pictures, true),
+        judge_loss,
+        evaluate=lambda model: judge_quality(model, held_out),
         num_evaluations=8,
         average=0.99,
         label=chosen.name,
     )
-    judge.bfloat16().float().eval()  # as it is stored
-    quality = {"loss": outcome.final_loss, **judge_quality(judge, pictures, true)}
+    judge.eval()
+    set_scale(judge, held_out.pictures)
+    judge.bfloat16().float()  # as it is stored
+    quality = {"loss": outcome.final_loss, **judge_quality(judge, held_out)}
     quality |= judge_separates(judge)
     with new_folder(run.output) as folder:
         save_judge(judge, folder)
@@ -451,7 +447,10 @@ def _train_autoencoder(chosen: AutoencoderRecipe, run: _Run) -> Card:
         card = Card(
             name=chosen.name,
             num_parameters=_count(model),
-            data=_drawn(_rows(chosen.training), "clips" if chosen.video else "pictures"),
+            data=_drawn(
+                _rows(chosen.training, data, outcome.steps),
+                "clips" if chosen.video else "pictures",
+            ),
             training=describe_run(outcome),
             quality=quality,
             recipe=asdict(chosen),
@@ -498,21 +497,21 @@ def load_autoencoder(folder: Path, *, video: bool) -> Any:
         ) from error
 
 
-def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
-    from diffusers import DiffusionPipeline
+def _data(chosen: PictureRecipe) -> ScenePictures | SceneClips:
+    seed = chosen.training.seed
+    if chosen.kind == "video":
+        return SceneClips(seed, size=chosen.size, frames=chosen.frames)
+    return ScenePictures(seed, halved=chosen.halved, halved_from=chosen.halved_from)
 
+
+def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
     from hasten.zoo.denoisers.base import denoiser_loss, denoiser_optimizers
-    from hasten.zoo.denoisers.quality import sample, sample_quality, save_grid
+    from hasten.zoo.denoisers.quality import sample_quality
 
     video = chosen.kind == "video"
-    seed = chosen.training.seed
     autoencoder = load_autoencoder(run.part(chosen.autoencoder), video=video)
     judge = load_judge(run.part("scenes-judge"))
     model = new_denoiser(chosen, autoencoder)
-    data: ScenePictures | SceneClips
-    data = (
-        SceneClips(seed, size=chosen.size, frames=chosen.frames) if video else ScenePictures(seed)
-    )
     quick = {**chosen.sampling, "num_inference_steps": 12}
 
     def evaluate(_: nn.Module) -> dict[str, float]:
@@ -524,7 +523,7 @@ def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
 
     outcome = run.fit(
         model,
-        data,
+        _data(chosen),
         chosen.training,
         denoiser_loss,
         evaluate=evaluate,
@@ -533,13 +532,25 @@ def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
         optimizers_of=denoiser_optimizers,
         label=chosen.name,
     )
+    return _export_denoiser(chosen, model, outcome, judge, run.output)
+
+
+def _export_denoiser(
+    chosen: PictureRecipe, model: Denoiser, outcome: Outcome, judge: Judge, output: Path
+) -> Card:
+    """Write the pipeline, its card and its grid; what is judged is what was written."""
+    from diffusers import DiffusionPipeline
+
+    from hasten.zoo.denoisers.quality import sample, sample_quality, save_grid
+
+    video = chosen.kind == "video"
     # Transformers opens a text encoder in the type it was saved in, and Diffusers everything else
     # in fp32 unless told otherwise; fp32 here suits both.
     model.network.bfloat16()
-    autoencoder.bfloat16()
+    model.autoencoder.bfloat16()
     model.eval()
     texts = [text for text, _ in prompts(8 if video else 32, 1, frames=chosen.frames)]
-    with new_folder(run.output) as folder:
+    with new_folder(output) as folder:
         model.pipeline().save_pretrained(folder)
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
         quality = {"loss": outcome.final_loss} | sample_quality(
@@ -548,9 +559,10 @@ def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
         save_grid(sample(pipeline, texts, chosen.sampling, seed=1), folder / GRID)
         card = PictureCard(
             name=chosen.name,
-            num_parameters=_count(model) + _count(autoencoder),
+            num_parameters=_count(model) + _count(model.autoencoder),
             data=_drawn(
-                _rows(chosen.training), f"{'clips' if video else 'pictures'} with captions"
+                _rows(chosen.training, _data(chosen), outcome.steps),
+                f"{'clips' if video else 'pictures'} with captions",
             ),
             training=describe_run(outcome),
             quality=quality,
@@ -563,10 +575,13 @@ def _train_denoiser(chosen: PictureRecipe, run: _Run) -> Card:
     return card
 
 
-def _rows(settings: Settings) -> int:
-    return sum(
-        settings.batch_tokens // settings.place(step)[0] for step in range(settings.num_steps)
-    )
+def _rows(settings: Settings, data: ScenePictures | SceneClips, steps: int) -> int:
+    """How many pictures or clips were seen in that many steps."""
+    seen = 0
+    for step in range(steps):
+        length, index = settings.place(step)
+        seen += data.layout(index, settings.batch_tokens // length, length)[0]
+    return seen
 
 
 def _count(model: nn.Module) -> int:

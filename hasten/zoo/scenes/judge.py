@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hasten.errors import HastenError
+from hasten.zoo.scenes.render import render
 from hasten.zoo.scenes.scene import COLOURS, FILLS, MOST_OBJECTS, SHAPES, SIZES, TONES, Scene
 
 SIZE = 64  # pictures of other sizes are scaled to this
 FEATURES = 64
-CELLS = 4  # objects are located on a grid of this many cells a side
+CELLS = 4  # features say where objects are on a grid of this many cells a side
+FINE_CELLS = 8  # and in training each object is named in its cell of this grid
 WEIGHTS = "judge.safetensors"
 
 _KINDS = {"shape": SHAPES, "size": tuple(SIZES), "fill": FILLS}
@@ -31,12 +33,20 @@ LABELS = (
     *(f"{tone} ground" for tone in TONES),
     *(f"{colour} {word}" for words in _KINDS.values() for word in words for colour in COLOURS),
     *(f"object in row {row} column {column}" for row in range(CELLS) for column in range(CELLS)),
+    "noisy",
+    "blurred",
 )
+_NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "fill": FILLS}
 _PLACES = {label: place for place, label in enumerate(LABELS)}
 
 
 class Judge(nn.Module):
-    """Says which of LABELS are true of a picture. Pictures are (pictures, 3, size, size), 0 to 1."""
+    """Says which of LABELS are true of a picture. Pictures are (pictures, 3, size, size), 0 to 1.
+
+    `scale` is what features are multiplied by; it gives them a mean variance of 1 over scenes.
+    """
+
+    scale: Tensor
 
     def __init__(self, widths: tuple[int, int, int] = (32, 64, 96)) -> None:
         super().__init__()
@@ -49,8 +59,11 @@ class Judge(nn.Module):
             ]
         )
         self.squeeze = _conv(third, 32, stride=2)
-        self.features_of = nn.Linear(32 * 16, FEATURES)
+        self.features_of = nn.Linear(third + 32 * CELLS**2, FEATURES)
         self.head = nn.Linear(FEATURES, len(LABELS))
+        # One number for "an object is centred here", then one for each name of each kind.
+        self.namer = nn.Conv2d(third, 1 + sum(map(len, _NAMES.values())), 1)
+        self.register_buffer("scale", torch.ones(()))
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """What each stage sees: (pictures, channels, 32, 32), then 16 by 16, then 8 by 8."""
@@ -64,14 +77,17 @@ class Judge(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """(pictures, FEATURES), before the last non-linearity."""
-        squeezed = self.squeeze(self.maps(pictures)[-1])
-        features: Tensor = self.features_of(squeezed.flatten(1))
+        return self._features(self.maps(pictures)[-1]) * self.scale
+
+    def _features(self, seen: Tensor) -> Tensor:
+        located = self.squeeze(seen).flatten(1)
+        features: Tensor = self.features_of(torch.cat([seen.mean(dim=(2, 3)), located], dim=1))
         return features
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Logits (pictures, labels)."""
-        logits: Tensor = self.head(F.silu(self.features(pictures)))
-        return logits
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the labels (pictures, labels), and of what is where (pictures, names, 8, 8)."""
+        seen = self.maps(pictures)[-1]
+        return self.head(F.silu(self._features(seen))), self.namer(seen)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -83,7 +99,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def labels(scenes: Sequence[Scene]) -> Tensor:
-    """Which of LABELS hold: (scenes, labels), 0 or 1."""
+    """Which of LABELS hold of clean pictures: (scenes, labels), 0 or 1."""
     true = torch.zeros(len(scenes), len(LABELS))
     for row, scene in zip(true, scenes, strict=True):
         row[_PLACES[f"{len(scene.objects)} objects"]] = 1
@@ -94,6 +110,16 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
             cell = f"row {int(thing.y * CELLS)} column {int(thing.x * CELLS)}"
             row[_PLACES[f"object in {cell}"]] = 1
     return true
+
+
+def names(scenes: Sequence[Scene]) -> Tensor:
+    """What is centred where: (scenes, 4, 8, 8), places of shape, colour, size, fill; -1 for none."""
+    found = torch.full((len(scenes), len(_NAMES), FINE_CELLS, FINE_CELLS), -1)
+    for grid, scene in zip(found, scenes, strict=True):
+        for thing in scene.objects:
+            words = [kind.index(getattr(thing, name)) for name, kind in _NAMES.items()]
+            grid[:, int(thing.y * FINE_CELLS), int(thing.x * FINE_CELLS)] = torch.tensor(words)
+    return found
 
 
 def load_judge(folder: Path | None = None) -> Judge:
@@ -176,36 +202,71 @@ def perceptual(judge: Judge, first: Tensor, second: Tensor) -> Tensor:
     return total
 
 
-class JudgeLoss:
-    """`loss_fn` of `training.loop.fit`: is each label true? Half of the pictures are spoilt.
+@dataclass(frozen=True)
+class Marked:
+    """Pictures (pictures, 3, size, size) with their `labels` and `names`."""
 
-    Spoilt by noise and blur that leave the answer as it is: the features must be good for
-    pictures that a sampler did not finish.
+    pictures: Tensor
+    labels: Tensor
+    names: Tensor
+
+    def to(self, device: torch.device | str) -> Marked:
+        return Marked(self.pictures.to(device), self.labels.to(device), self.names.to(device))
+
+
+def mark(scenes: Sequence[Scene]) -> Marked:
+    """Clean pictures of 64 pixels with all that is true of them."""
+    return Marked(render(scenes, SIZE), labels(scenes), names(scenes))
+
+
+def judge_loss(model: nn.Module, batch: Marked) -> tuple[Tensor, dict[str, float]]:
+    """`loss_fn` of `training.loop.fit`: is each label true, and what is where?"""
+    spoilt = spoil(batch)
+    whole, local = model(spoilt.pictures)
+    loss = 10 * F.binary_cross_entropy_with_logits(whole.float(), spoilt.labels)
+    there = batch.names[:, 0] >= 0
+    local = local.float().permute(0, 2, 3, 1)
+    loss = loss + 10 * F.binary_cross_entropy_with_logits(local[..., 0], there.float())
+    named = local[there][:, 1:].split([len(kind) for kind in _NAMES.values()], dim=1)
+    true = batch.names.permute(0, 2, 3, 1)[there]
+    for logits, right in zip(named, true.T, strict=True):
+        loss = loss + F.cross_entropy(logits, right)
+    return loss, {}
+
+
+def spoil(batch: Marked) -> Marked:
+    """Add noise to a quarter of the pictures and blur another, and label them so.
+
+    The judge must notice both, or its distances would be blind to them, and see through both.
     """
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        logits = model(spoil(batch.pictures))
-        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.labels)
-        return loss * len(LABELS), {}
-
-
-def spoil(pictures: Tensor) -> Tensor:
-    """Add noise of up to 0.1 to a quarter of the pictures and blur another."""
-    spoilt = pictures.clone()
+    pictures, true = batch.pictures.clone(), batch.labels.clone()
     quarter = len(pictures) // 4
-    if quarter:
-        noise = 0.1 * torch.rand(quarter, 1, 1, 1) * torch.randn_like(spoilt[:quarter])
-        spoilt[:quarter] += noise
-        blurred = F.avg_pool2d(spoilt[quarter : 2 * quarter], 3, 1, 1, count_include_pad=False)
-        spoilt[quarter : 2 * quarter] = blurred
-    return spoilt.clamp(0, 1)
+    noisy, blurred = slice(0, quarter), slice(quarter, 2 * quarter)
+    strength = 0.03 + 0.12 * torch.rand(quarter, 1, 1, 1)
+    pictures[noisy] += strength * torch.randn_like(pictures[noisy])
+    pictures[blurred] = F.avg_pool2d(pictures[blurred], 3, 1, 1, count_include_pad=False)
+    true[noisy, _PLACES["noisy"]] = 1
+    true[blurred, _PLACES["blurred"]] = 1
+    return Marked(pictures.clamp(0, 1), true, batch.names)
 
 
 @torch.no_grad()
-def judge_quality(judge: nn.Module, pictures: Tensor, true: Tensor) -> dict[str, float]:
-    """Accuracy over labels, and the share of pictures with every label right."""
-    right = torch.cat([(judge(part) > 0) for part in pictures.split(128)]) == (true > 0.5)
-    return {
-        "accuracy": float(right.float().mean()),
-        "exact": float(right.all(dim=1).float().mean()),
-    }
+def judge_quality(judge: nn.Module, batch: Marked) -> dict[str, float]:
+    """Accuracy over labels, and of the names of objects where their centres are."""
+    whole, local = map(torch.cat, zip(*map(judge, batch.pictures.split(128)), strict=True))
+    found = {"labels": float(((whole > 0) == (batch.labels > 0.5)).float().mean())}
+    there = batch.names[:, 0] >= 0
+    named = local.permute(0, 2, 3, 1)[there][:, 1:]
+    true = batch.names.permute(0, 2, 3, 1)[there]
+    parts = named.split([len(kind) for kind in _NAMES.values()], dim=1)
+    for name, logits, right in zip(_NAMES, parts, true.T, strict=True):
+        found[name] = float((logits.argmax(dim=1) == right).float().mean())
+    return found
+
+
+@torch.no_grad()
+def set_scale(judge: Judge, pictures: Tensor) -> None:
+    """Choose `scale` by pictures of scenes."""
+    judge.scale.fill_(1.0)
+    spread = features(judge, pictures).var(dim=0).mean()
+    judge.scale.copy_(spread.rsqrt())

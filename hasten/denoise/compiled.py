@@ -1,0 +1,61 @@
+"""The compiled runner of pipelines: each transformer block, or a whole U-Net, as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hasten.denoise.blocks import blocks
+from hasten.denoise.network import hooked, networks
+from hasten.errors import PlanError
+from hasten.plan import Plan
+
+NAME = "hasten_compiled"
+RUNNERS = ("eager", "compiled")
+MAX_GRAPHS = 64  # sizes and rows, over all pipelines of a process
+
+
+def check_runner(name: str, plan: Plan) -> None:
+    """Raise where there is no such runner, or a technique of the plan cannot run on it."""
+    if name not in RUNNERS:
+        raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(RUNNERS)}.")
+    for technique in plan:
+        if name not in technique.terms().runners:
+            allowed = ", ".join(sorted(technique.terms().runners))
+            raise PlanError(
+                f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}."
+            )
+
+
+@contextmanager
+def compiled(pipe: Any) -> Iterator[None]:
+    """Run the pipeline's networks through `torch.compile`, for a while.
+
+    The first call of each size compiles, which takes seconds to a minute; all blocks of a kind
+    share one graph. Outputs differ from the eager ones in the last bits, because fused kernels
+    round differently.
+    """
+    with ExitStack() as stack:
+        for network in networks(pipe):
+            for module in blocks(network) or [network]:
+                stack.enter_context(hooked(module, NAME, _forward))
+        yield
+
+
+def _forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+    kind: Any = type(module)
+    return _graph(kind)(module, *args, **kwargs)
+
+
+@cache
+def _graph(kind: Any) -> Callable[..., Any]:
+    """The forward of a class of modules, compiled once for all of them."""
+    # Every size and number of rows is a graph of its own; torch's usual 8 would be used up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    graph: Callable[..., Any] = torch.compile(kind.forward, dynamic=False)
+    return graph

@@ -1,0 +1,421 @@
+"""Rollover budget forcing: a search over noises, which spends its evaluations where they help.
+
+"Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing"
+(arXiv 2503.19385), after the reference code. Each step towards the data is taken with new noise until
+a child has a better reward than any before; what is left of the step's quota is handed on. A step
+whose quota is used up goes on with its best child. The last step spends what is left. Flows have no
+noise on their way, so the search walks a stochastic path with the same margins, by default one that
+keeps the variance. The network's output for the reward is also what the next step is made with.
+
+Each sample of a batch is searched by itself, chain after chain, and takes just `budget` evaluations;
+a chain has an equal share of them. Ours: the last `walk` evaluations walk the winner on to the data
+along the flow, because small networks predict blurred pictures from the noise at which the search
+ends; at 0 the clean estimate itself is the result, as in the code. Rewards of estimates at different
+noise levels are compared, as in the paper, which favours late ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.denoise.coding import Coder
+from hasten.denoise.levels import is_flow
+from hasten.denoise.network import Call
+from hasten.denoise.run import Run, Step
+from hasten.denoise.schedule.grid import time_of
+from hasten.denoise.slots import State
+from hasten.denoise.state.interpolants import PATHS, Place
+from hasten.denoise.state.rewards import REWARDS, Reward
+from hasten.denoise.state.sizes import fresh, size_of
+from hasten.denoise.state.times import EndlessLoop
+from hasten.errors import HastenError, PlanError, SubjectError
+from hasten.technique import (
+    Card,
+    Claim,
+    Contract,
+    Loss,
+    Resource,
+    Rival,
+    Slot,
+    knob,
+    technique,
+)
+
+
+@dataclass
+class Particle:
+    """A sample of the path at one of its times, with what the network said of it.
+
+    Attributes:
+        x, flow: (...) the sample, and the flow's velocity there.
+        clean: (...) the clean estimate; `reward`: what it is worth.
+    """
+
+    x: Tensor
+    flow: Tensor
+    clean: Tensor
+    reward: float
+
+
+@dataclass
+class Search:
+    """The search for one sample of the batch.
+
+    Attributes:
+        shares: evaluations of each chain.
+        quota: evaluations of a step without what was handed on.
+        chain: the chain in hand; `used`: its evaluations so far.
+        draws: start noises still to be drawn.
+        place: index of the time at which the candidate in hand stands.
+        parent: where the step in hand begins; None while start noises are drawn.
+        child: the best of the step in hand.
+        best: the best reward of the chain so far.
+        room, spent: quota of the step in hand, and evaluations in it.
+        candidate: what the network is given next.
+        winner: the best of the last steps of all chains.
+        ledger: (quota, evaluations) of each step that was made.
+    """
+
+    shares: list[int]
+    quota: int
+    draws: int
+    candidate: Tensor
+    chain: int = 0
+    used: int = 0
+    place: int = 0
+    parent: Particle | None = None
+    child: Particle | None = None
+    best: float = -math.inf
+    room: int = 0
+    spent: int = 0
+    winner: Particle | None = None
+    ledger: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """One call.
+
+    Attributes:
+        reward: what is raised; `prompts`: one for each sample.
+        generator: what noise is drawn with.
+        loop: the scheduler's list, made as long as the budget.
+        grid: the path's times; `after`: the flow's times after the search.
+        times: the scheduler's timestep of each of them, one list after the other.
+        coder: decodes estimates for the reward.
+        searches: one for each sample.
+        end: (samples, ...) the samples that are walked on after the search.
+    """
+
+    reward: Reward
+    prompts: list[str] = field(default_factory=list)
+    generator: Any = None
+    loop: EndlessLoop | None = None
+    grid: list[Place] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    coder: Coder | None = None
+    searches: list[Search] = field(default_factory=list)
+    end: Tensor | None = None
+
+
+@technique("rollover_budget_forcing")
+@dataclass(frozen=True, kw_only=True)
+class RolloverBudgetForcing(State):
+    """Searches over noises for a higher reward, with a fixed number of evaluations."""
+
+    card: ClassVar[Card] = Card(
+        title="Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing",
+        paper="rollover_budget_forcing",
+        family="diffusion",
+        loss=Loss.LOSSY,
+        link="https://arxiv.org/abs/2503.19385",
+        year=2025,
+        claims=(
+            Claim(
+                "evaluations of its comparisons",
+                500,
+                "FLUX; ahead of best of N, SMC, CoDe and SVDD",
+            ),
+        ),
+        neutral={"path": "linear", "diffusion": 0.0},
+        rival=Rival(
+            "rollover_budget_forcing(budget={budget}, path=linear, reward={reward})",
+            "attributes",
+            "searches along the flow's own path, which leaves less room",
+        ),
+        saves="none",
+        notes=(
+            "It spends evaluations to raise a reward, so it is slower by design. The reward in the plan "
+            "is a simple measure of the picture; give your own as fast(prompt, reward=function), which "
+            "takes (n, 3, height, width) pictures from 0 to 1 and n prompts. A search may fool its "
+            "reward: judge the result by something else."
+        ),
+    )
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.STATE,),
+        changes=frozenset({Resource.TRAJECTORY}),
+        needs=frozenset({Resource.TIMESTEPS}),
+    )
+
+    budget: int = knob(500, "network evaluations for each sample", low=1)
+    chains: int = knob(2, "searches from starts of their own; the best one counts", low=1)
+    draws: int = knob(25, "start noises of a chain, of which the best is taken", low=1)
+    steps: int = knob(10, "times of the path at which the network is evaluated", low=2)
+    path: str = knob(
+        "vp",
+        "which path is walked: one that keeps the variance, or the flow's own",
+        choices=tuple(PATHS),
+    )
+    diffusion: float = knob(
+        3.0, "strength of new noise, times s squared; 0 leaves no choice", low=0.0
+    )
+    grid: str = knob(
+        "late",
+        "where the times of the path lie: more of them at high noise, as in the paper; evenly",
+        choices=("late", "even"),
+    )
+    rollover: bool = knob(True, "hand unused evaluations on, and accept the first better child")
+    walk: int = knob(8, "evaluations of the budget that walk the winner on to the data", low=0)
+    reward: str = knob(
+        "colourfulness", "what is raised where the call gives no reward", choices=tuple(REWARDS)
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is left to choose, and the pipeline's own sampler runs."""
+        return self.path == "linear" and self.diffusion == 0.0
+
+    def check(self, pipe: Any) -> None:
+        """See `DenoiseTechnique.check`."""
+        taken = inspect.signature(type(pipe).__call__).parameters
+        kind = type(pipe).__name__
+        if not is_flow(pipe.scheduler):
+            raise SubjectError(
+                f"{self.name} searches along flows, and {type(pipe.scheduler).__name__} of {kind} is of none."
+            )
+        if {"strength", "mask_image"} & set(taken) or getattr(pipe, "transformer_2", None):
+            raise SubjectError(
+                f"{self.name} begins with noise and one network, and {kind} does not; use its text-to-image pipeline."
+            )
+        Coder(pipe).check(self.name)
+
+    # -- a call begins -----------------------------------------------------------------------------
+    def begin(self, run: Run, bound: Any) -> Progress:
+        """See `DenoiseTechnique.begin`."""
+        return Progress(REWARDS[self.reward])
+
+    def ask(self, state: Progress, run: Run, arguments: dict[str, Any]) -> None:
+        """Take the reward out, and ask for as many steps as there are evaluations."""
+        given = arguments.pop("reward", None)
+        if given is not None and not callable(given):
+            raise HastenError(
+                f"reward={given!r}; it must be a function of (n, 3, height, width) pictures and n prompts."
+            )
+        state.reward = given or state.reward
+        if self.is_plain:
+            return
+        state.prompts = _prompts(arguments)
+        state.generator = arguments.get("generator")
+        arguments["num_inference_steps"] = self.budget
+        for name in ("sigmas", "timesteps"):
+            if arguments.get(name) is not None:
+                raise PlanError(f"{self.name} makes the {name} itself; leave that argument out.")
+
+    def plan(self, state: Progress, run: Run) -> None:
+        """Lay out the times of the path, and let the loop go on for the whole budget."""
+        if self.is_plain:
+            return
+        self._shares()  # a budget that is too small is refused now
+        shares = [1.0 - i / self.steps for i in range(self.steps)]
+        if self.grid == "late":
+            shares = [math.sqrt(1.0 - (1.0 - s) ** 2) for s in shares]
+        state.grid = [PATHS[self.path](s) for s in shares]
+        last = state.grid[-1].t
+        state.after = [last * (1.0 - (i + 1) / (self.walk + 1)) for i in range(self.walk)]
+        flows = [place.t for place in state.grid] + state.after
+        state.times = [time_of(run.scheduler, t) for t in flows]
+        state.loop = EndlessLoop(run.scheduler, self.budget, self.name)
+
+    def finish(self, state: Progress, run: Run) -> None:
+        """Put the scheduler's list back."""
+        if state.loop is not None:
+            state.loop.restore()
+
+    def _shares(self) -> tuple[list[int], int]:
+        """Evaluations of each chain, and the quota of a step."""
+        left = self.budget - self.walk
+        share = left // self.chains
+        quota = (share - self.draws) // self.steps
+        if quota < 1:
+            least = self.chains * (self.draws + self.steps) + self.walk
+            raise HastenError(
+                f"{self.name}: a budget of {self.budget} is too small for chains={self.chains}, draws={self.draws}, "
+                f"steps={self.steps} and walk={self.walk}, which need {least}; raise it or lower one of them."
+            )
+        return [share + (i < left - share * self.chains) for i in range(self.chains)], quota
+
+    # -- a network call ----------------------------------------------------------------------------
+    def feed(self, state: Progress, run: Run, call: Call) -> None:
+        """Give the network each sample's candidate, at the candidate's own time."""
+        if state.loop is None:
+            return
+        if not state.searches:
+            self._start(state, run, call)
+        if state.end is not None:
+            index = [self.steps + run.index - (self.budget - self.walk)] * len(state.searches)
+            x = state.end
+        else:
+            index = [search.place for search in state.searches]
+            scaled = [s.candidate / state.grid[s.place].c for s in state.searches]
+            x = torch.stack(scaled)
+        count = call.rows // len(x)
+        shape = call.x.shape[1:]
+        call.x = x.reshape(-1, *shape).to(call.x.dtype).repeat(count, *(1,) * len(shape))
+        times = torch.tensor([state.times[i] for i in index], dtype=torch.float64)
+        call.timestep = state.loop.told(call.timestep, times).repeat(count)
+
+    def _start(self, state: Progress, run: Run, call: Call) -> None:
+        size = size_of(call, run.pipe, self.name) if call.x.ndim == 3 else None
+        state.coder = Coder(run.pipe, size)
+        count = len(state.prompts)
+        if call.rows not in (count, 2 * count):
+            raise HastenError(
+                f"{self.name} was given {count} prompts and the network {call.rows} rows; give prompts, not embeddings alone."
+            )
+        shares, quota = self._shares()
+        noise = call.x[:count].float()
+        state.searches = [Search(list(shares), quota, self.draws, noise[i]) for i in range(count)]
+
+    # -- a step ------------------------------------------------------------------------------------
+    def advance(self, state: Progress, run: Run, step: Step, solve: Callable[[], Tensor]) -> Tensor:
+        """Judge the candidates, and choose what each sample's search looks at next."""
+        if state.loop is None:
+            return solve()
+        flow = step.output.float()
+        run.activity[f"{self.name}.evaluations"] += len(state.searches)
+        if state.end is not None:
+            made = self._walk(state, run, flow)
+        else:
+            made = self._judge(state, run, flow)
+        return made.reshape(step.sample.shape).to(step.sample.dtype)
+
+    def _walk(self, state: Progress, run: Run, flow: Tensor) -> Tensor:
+        """One step of the flow after the search."""
+        assert state.end is not None
+        index = run.index - (self.budget - self.walk)
+        times = [*state.after, 0.0]
+        state.end = state.end + (times[index + 1] - times[index]) * flow.reshape(state.end.shape)
+        return state.end
+
+    def _judge(self, state: Progress, run: Run, flow: Tensor) -> Tensor:
+        assert state.coder is not None
+        cleans, found = [], []
+        for search, velocity in zip(state.searches, flow, strict=True):
+            place = state.grid[search.place]
+            velocity = velocity.reshape(search.candidate.shape)
+            clean = search.candidate / place.c - place.t * velocity
+            cleans.append(clean)
+            found.append(Particle(search.candidate, velocity, clean, 0.0))
+        pictures = state.coder.decode(torch.stack(cleans).to(run.pipe.dtype))
+        rewards = torch.as_tensor(state.reward(pictures, state.prompts)).double().flatten()
+        if len(rewards) != len(found):
+            raise HastenError(
+                f"The reward gave {len(rewards)} values for {len(found)} pictures; it must give one for each."
+            )
+        noise = fresh(torch.stack([s.candidate for s in state.searches]), state.generator)
+        for search, particle, reward, drawn in zip(
+            state.searches, found, rewards.tolist(), noise, strict=True
+        ):
+            particle.reward = reward
+            self._decide(state, run, search, particle, drawn)
+        if run.index + 1 < self.budget - self.walk:
+            return torch.stack(cleans)
+        winners = [search.winner for search in state.searches]
+        if not self.walk:
+            return torch.stack([w.clean for w in winners if w is not None])
+        last, first = state.grid[-1], state.after[0]
+        state.end = torch.stack(
+            [w.x / last.c + (first - last.t) * w.flow for w in winners if w is not None]
+        )
+        return state.end
+
+    def _decide(
+        self, state: Progress, run: Run, search: Search, seen: Particle, noise: Tensor
+    ) -> None:
+        """What a search does after one evaluation; it ends with the next candidate in hand."""
+        search.used += 1
+        if search.parent is None:
+            if seen.reward > search.best or search.child is None:
+                search.best, search.child = seen.reward, seen
+            search.draws -= 1
+            if search.draws:
+                search.candidate = noise
+                return
+            self._begin_step(search, search.child, search.quota)
+        else:
+            self._after_child(state, run, search, seen)
+        if search.used == search.shares[search.chain]:
+            self._end_chain(search)
+            search.candidate = noise
+            return
+        assert search.parent is not None
+        search.candidate = self._child(state, search, noise)
+
+    def _after_child(self, state: Progress, run: Run, search: Search, seen: Particle) -> None:
+        search.spent += 1
+        if search.child is None or seen.reward > search.child.reward:
+            search.child = seen
+        better = seen.reward > search.best
+        search.best = max(search.best, seen.reward)
+        if search.place == self.steps - 1:
+            return  # the last time: what is left is spent here
+        if better and self.rollover:
+            left = search.room - search.spent
+            run.activity[f"{self.name}.rolled_over"] += left
+            self._end_step(search, seen, search.quota + left)
+        elif search.spent == search.room:
+            self._end_step(search, search.child, search.quota)
+
+    def _end_step(self, search: Search, chosen: Particle, room: int) -> None:
+        search.ledger.append((search.room, search.spent))
+        self._begin_step(search, chosen, room)
+
+    def _begin_step(self, search: Search, parent: Particle, room: int) -> None:
+        search.parent, search.child = parent, None
+        search.room, search.spent = room, 0
+        search.place += 1
+
+    def _child(self, state: Progress, search: Search, noise: Tensor) -> Tensor:
+        """A step from the parent, with new noise."""
+        assert search.parent is not None
+        here, there = state.grid[search.place - 1], state.grid[search.place]
+        strength = self.diffusion * here.s**2
+        parent = search.parent
+        return here.step(parent.x, parent.flow, here.s - there.s, strength, noise)
+
+    def _end_chain(self, search: Search) -> None:
+        search.ledger.append((search.room, search.spent))
+        last = search.child or search.parent
+        assert last is not None
+        if search.winner is None or last.reward > search.winner.reward:
+            search.winner = last
+        search.chain += 1
+        search.used, search.place, search.draws = 0, 0, self.draws
+        search.parent, search.child, search.best = None, None, -math.inf
+
+
+def _prompts(arguments: dict[str, Any]) -> list[str]:
+    """The prompt of each sample of a pipeline's call."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if prompt is None:
+        prompt = [""] * (1 if embeds is None else len(embeds))
+    each = int(arguments.get("num_images_per_prompt") or 1)
+    return [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(each)]

@@ -1,0 +1,91 @@
+"""The benchmark of Diffusers pipelines, on tiny random ones; and what its report shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hasten
+from hasten.benchmark.denoise import arguments_of
+from hasten.benchmark.driver import BenchResult
+from hasten.errors import HastenError
+from hasten.measure.pictures import Samples
+from tests import pipelines
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchResult:
+    return hasten.bench(
+        pipelines.tiny("sd3"),
+        "reuse_always(interval=3)",
+        "fixed_guidance_cut",
+        runner="eager",
+        steps=STEPS,
+        pictures=3,
+        rounds=5,
+        beside=["fewer_steps", "easy_cache(threshold=0)"],
+        record=False,
+    )
+
+
+def test_a_row_says_what_was_measured(result: BenchResult) -> None:
+    data = result.to_dict()
+    assert [row["plan"] for row in data["rows"]] == [
+        "reuse_always(interval=3)",
+        "fixed_guidance_cut",
+        "reuse_always(interval=3), fixed_guidance_cut",
+    ]
+    baseline = data["baseline"]
+    assert baseline["activity"]["calls"] == 2 * STEPS  # of both timed pictures
+    assert baseline["images_per_second"]["median"] > 0 and baseline["peak_bytes"] > 0
+    shares = baseline["shares"]
+    assert 0 < shares["attention"] < shares["blocks"] < shares["calls"] <= 1
+    assert shares["guidance"] == pytest.approx(shares["calls"] / 2) and shares["flops"] > 0
+    for row in data["rows"]:
+        assert {"psnr", "ssim"} <= row["quality"].keys()
+        assert row["loss_class"] == "lossy" and row["ceiling"] > 1
+        assert row["verdict"] in ("faster", "no gain", "broken")
+    both = data["rows"][-1]
+    assert both["ceiling_detail"]["label"] == "measured" and both["calls_ratio"] > 3
+
+
+def test_what_does_nothing_is_called_inactive(result: BenchResult) -> None:
+    row = result.to_dict()["beside"][1]
+    assert row["verdict"] == "inactive" and row["quality"]["psnr"]["value"] == 100.0
+    assert row["calls_ratio"] == 1.0
+
+
+def test_the_report_shows_pictures_side_by_side(result: BenchResult, tmp_path: Path) -> None:
+    assert result.samples is not None
+    assert [pictures.shape[0] for pictures in result.samples.of.values()] == [3] * 6
+    page = result.save_report(tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 18
+    assert "pictures/s" in page and "psnr" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    result.show()
+
+
+def test_clips_are_shown_as_frames() -> None:
+    clips = np.zeros((1, 9, 8, 8, 3))
+    page = Samples(["a <moving> thing"], {"baseline": clips}).html()
+    assert 'width="512" height="128"' in page and "&lt;moving&gt;" in page
+
+
+def test_arguments_of_a_call() -> None:
+    words = arguments_of(pipelines.tiny("sd3"), "a cat", 7, 3.5)
+    assert words == {"prompt": "a cat", "num_inference_steps": 7, "guidance_scale": 3.5}
+    labels = arguments_of(pipelines.tiny("dit"), "5", 7, None)
+    assert labels == {"class_labels": [5], "num_inference_steps": 7}
+    with pytest.raises(HastenError, match="takes neither"):
+        arguments_of(pipelines.tiny("ddpm"), "a cat", 7, None)
+
+
+def test_language_models_do_not_go_with_pictures(tmp_path: Path) -> None:
+    with pytest.raises(HastenError, match="denoise engine"):
+        hasten.bench("code-lm-tiny", "zeus", record=False)
+    with pytest.raises(HastenError, match="causal engine"):
+        hasten.bench(pipelines.tiny("sd3"), "medusa", record=False)

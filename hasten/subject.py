@@ -329,6 +329,16 @@ def _check_folder(name: str) -> None:
             ) from error
 
 
+def _trainable(name: str) -> str:
+    """What to do where a zoo model is only a recipe yet; empty for any other name."""
+    if "/" in name:
+        return ""
+    from hasten.zoo import recipes  # only needed for the message
+
+    known = {*recipes.RECIPES, *recipes.pictures.RECIPES}
+    return f"It is a recipe: make it first with `hasten train {name}`. " if name in known else ""
+
+
 def _known() -> str:
     return f"Zoo models here: {', '.join(zoo.names()) or 'none'}."
 
@@ -362,7 +372,10 @@ def _unopened(name: str, error: Exception) -> str:
         else type(error).__name__
     )
     if not _is_folder(name):
-        return f"Cannot open {name!r}: it is no zoo model or folder, and as a hub id: {reason}. {_known()}"
+        return (
+            f"Cannot open {name!r}: it is no zoo model or folder, and as a hub id: {reason}. "
+            f"{_trainable(name)}{_known()}"
+        )
     return f"Cannot open {name}: {reason}"
 
 

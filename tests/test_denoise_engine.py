@@ -140,29 +140,34 @@ def apply(pipe: Any, technique: Technique | str) -> tuple[DenoiseModel, Run]:
     return fast, fast.start()
 
 
+@cache
+def pipe_of(name: str) -> Any:
+    """A family's pipeline; no plan leaves anything in it, so one serves many tests."""
+    return tiny(name)
+
+
 def made_by(name: str, technique: Technique | str = "", **more: Any) -> tuple[Tensor, Any]:
     """A family's picture under a technique, and the run with what it remembers."""
-    fast, run = apply(tiny(name), technique)
-    result = picture(fast._execute(run, **call(name, **more)))
-    return result, run
+    fast, run = apply(pipe_of(name), technique)
+    run.trace = []
+    with fast:
+        return picture(fast._execute(run, **call(name, **more))), run
 
 
 @cache
 def whole(name: str) -> Tensor:
     """What a family's own pipeline makes."""
-    return picture(tiny(name)(**call(name)))
+    return picture(pipe_of(name)(**call(name)))
 
 
 def plain(name: str, **more: Any) -> Tensor:
-    return picture(tiny(name)(**call(name, **more))) if more else whole(name)
+    return picture(pipe_of(name)(**call(name, **more))) if more else whole(name)
 
 
 @cache
 def guided(name: str) -> tuple[Tensor, Run]:
     """The same with a guider that leaves nothing out."""
-    fast, run = apply(tiny(name), Cut(first=99))
-    run.trace = []
-    return picture(fast._execute(run, **call(name))), run
+    return made_by(name, Cut(first=99))
 
 
 def state_of(run: Run) -> Any:
@@ -187,8 +192,8 @@ def trace(pipe: Any) -> Any:
 # ------------------------------------------------------------------------------- an empty plan
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_an_empty_plan_changes_nothing(name: str) -> None:
-    pipe = tiny(name)
-    expected = picture(pipe(**call(name)))
+    pipe = pipe_of(name)
+    expected = whole(name)
     before = trace(pipe)
     with hasten.apply(pipe, "") as fast:
         made = picture(fast(**call(name)))
@@ -406,13 +411,10 @@ def test_the_first_call_runs_whatever_a_gate_says() -> None:
 
 def test_a_skipped_step_is_a_step_with_the_output_of_the_last_one() -> None:
     """The solver goes on from what it is given: checked beside a loop of our own."""
-    pipe = tiny("sd3")
-    fast, run = apply(pipe, Skip(at="1"))
-    run.trace = []
-    fast._execute(run, **call("sd3"))
+    _, run = made_by("sd3", Skip(at="1"))
     first, second = run.trace[:2]
     assert torch.equal(first.output, second.output) and first.ran and not second.ran
-    sigmas = pipe.scheduler.sigmas
+    sigmas = run.scheduler.sigmas
     assert second.result is not None
     torch.testing.assert_close(
         second.result, second.sample + (sigmas[2] - sigmas[1]) * first.output
@@ -489,9 +491,8 @@ def test_other_ways_to_guide(name: str, arguments: dict[str, Any]) -> None:
 def test_without_its_other_branch_guidance_gives_the_conditional_output(name: str) -> None:
     first = 2
     _, full = guided(name)
-    fast, run = apply(tiny(name), Cut(first=first))
-    run.trace = []
-    fast._execute(run, **call(name))
+    _, run = made_by(name, Cut(first=first))
+    assert run.trace is not None and full.trace is not None
     assert run.guidance is not None
     for step, conditional in zip(run.trace, state_of(run), strict=True):
         samples = step.output[: len(conditional)]
@@ -646,10 +647,8 @@ def test_linear_attention_is_no_attention_over_keys() -> None:
 
 def test_prompts_of_different_lengths_have_no_one_place() -> None:
     """Lumina joins each row's own text without its padding."""
-    pipe = tiny("lumina2")
-    fast, run = apply(pipe, Dense())
     prompts = {"prompt": ["a red circle", "a"], "negative_prompt": ["blurred", "c"]}
-    made = picture(fast._execute(run, **call("lumina2", **prompts)))
+    made, run = made_by("lumina2", Dense(), **prompts)
     assert torch.equal(made, plain("lumina2", **prompts))
     places = [layout.place(length) for _, branch, *_, length, layout in state_of(run) if branch]
     assert places and set(places) == {None}
@@ -685,8 +684,7 @@ def test_states_begin_anew_where_the_sample_changes_its_size() -> None:
         latents = tensors["latents"]
         return {"latents": latents.repeat(1, 1, 1, 2) if step == 1 else latents}
 
-    fast, run = apply(tiny("sd3"), Count())
-    made = picture(fast._execute(run, **call("sd3", callback_on_step_end=grow)))
+    made, _ = made_by("sd3", Count(), callback_on_step_end=grow)
     assert made.shape[-1] == 2 * made.shape[-2]
     assert begun == [0, 2]
 
@@ -802,9 +800,7 @@ def test_a_state_may_change_what_goes_in_and_what_goes_on() -> None:
             assert torch.equal(step.output, torch.zeros_like(step.output))
             return solve() if run.index else step.sample + 1.0
 
-    fast, run = apply(tiny("sd3"), Shift())
-    run.trace = []
-    fast._execute(run, **call("sd3"))
+    _, run = made_by("sd3", Shift())
     first = run.trace[0]
     assert all(step.result is not None for step in run.trace)
     assert torch.equal(run.trace[-1].result, first.sample + 1.0)  # the rest did not move

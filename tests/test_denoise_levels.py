@@ -206,7 +206,7 @@ def test_each_step_of_a_pipeline_ends_at_the_level_of_the_next(name: str) -> Non
 def test_a_scheduler_whose_levels_are_not_known(name: str) -> None:
     scheduler = scheduler_of(name)
     scheduler.set_timesteps(2)
-    with pytest.raises(SubjectError, match="use DDIM|known are"):
+    with pytest.raises(SubjectError, match=r"use DDIM|known are"):
         level(scheduler, 0, scheduler.timesteps[0])
 
 

@@ -70,6 +70,7 @@ class Gate(DenoiseTechnique):
     def decide(self, state: Any, run: Run, call: Call) -> bool:
         """Whether the network runs at this step; asked once, at the step's first call.
 
+        Not asked where no step ran before with such a call: then there is nothing to stand for it.
         All calls of a step follow it, so that the branches of the guidance stay together.
         """
         return True

@@ -19,7 +19,8 @@ from torch import Tensor
 from hasten.denoise.coding import Coder
 from hasten.denoise.network import Call, networks
 from hasten.denoise.state.sizes import size_of
-from hasten.denoise.state.stream_diffusion import OWN, Rows, StreamDiffusion
+from hasten.denoise.state.stages import Rows
+from hasten.denoise.state.stream_diffusion import OWN, StreamDiffusion
 from hasten.errors import PlanError
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ and Rush 2016; Gu et al. 2018 found it decisive for writing in parallel).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -85,7 +86,8 @@ def write_continuations(
     for index in track(indices, "writing texts", console=console, disable=quiet):
         passages = files.batch(index, ROWS, prompt)[:, :prompt].to(model.device)
         new = length + 1 - prompt
-        out = model.generate(passages, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        out: Any = model.generate(passages, **settings)  # type: ignore[operator]
         parts.append(out.to(torch.int32).cpu())
     texts = torch.cat(parts)[:count].contiguous()
     atomic_write(kept, save({"texts": texts}))

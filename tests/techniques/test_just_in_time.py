@@ -13,14 +13,8 @@ import hasten
 from hasten.denoise.blocks import blocks
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.run import Run
-from hasten.denoise.state.just_in_time import (
-    JustInTime,
-    Progress,
-    beta_quantiles,
-    importance,
-    lift,
-    nearest,
-)
+from hasten.denoise.state.just_in_time import JustInTime, Progress
+from hasten.denoise.state.lifting import beta_quantiles, importance, lift, nearest
 from hasten.denoise.state.tokens import Subset, View
 from hasten.errors import PlanError, SubjectError
 from tests import pipelines

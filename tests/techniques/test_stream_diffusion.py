@@ -15,7 +15,8 @@ from hasten.denoise.coding import Coder
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.levels import level
 from hasten.denoise.state.sizes import Size
-from hasten.denoise.state.stream_diffusion import StreamDiffusion, stage_places
+from hasten.denoise.state.stages import stage_places
+from hasten.denoise.state.stream_diffusion import StreamDiffusion
 from hasten.denoise.stream import skip_chance
 from hasten.errors import HastenError, PlanError, SubjectError
 from tests import pipelines

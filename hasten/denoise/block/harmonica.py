@@ -118,7 +118,7 @@ class Harmonica(Block):
 
     steps: int = knob(50, "steps of the sampler for which the table is", low=2)
     beta: float = knob(
-        1.0,
+        3.0,
         "price in training of running all layers of a step, beside the error of the untrained table; "
         "higher reuses more",
         low=0.0,

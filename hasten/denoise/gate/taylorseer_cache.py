@@ -77,4 +77,5 @@ class TaylorSeerCache(DiffusersCache):
 def _shares(block: Any) -> bool:
     """Whether a block's feed-forward layer serves text and picture, one after the other."""
     apart = any(hasattr(block, name) for name in _FEED_FORWARD[1:])
-    return form(type(block)).text is not None and not apart
+    kind: Any = type(block)
+    return form(kind).text is not None and not apart

@@ -33,6 +33,7 @@ from hasten.denoise.schedule.grid import time_of
 from hasten.denoise.slots import State
 from hasten.denoise.state.interpolants import PATHS, Place
 from hasten.denoise.state.rewards import REWARDS, Reward
+from hasten.denoise.state.search import Particle, Rule, Search
 from hasten.denoise.state.sizes import fresh, size_of
 from hasten.denoise.state.times import EndlessLoop
 from hasten.errors import HastenError, PlanError, SubjectError
@@ -47,56 +48,6 @@ from hasten.technique import (
     knob,
     technique,
 )
-
-
-@dataclass
-class Particle:
-    """A sample of the path at one of its times, with what the network said of it.
-
-    Attributes:
-        x, flow: (...) the sample, and the flow's velocity there.
-        clean: (...) the clean estimate; `reward`: what it is worth.
-    """
-
-    x: Tensor
-    flow: Tensor
-    clean: Tensor
-    reward: float
-
-
-@dataclass
-class Search:
-    """The search for one sample of the batch.
-
-    Attributes:
-        shares: evaluations of each chain.
-        quota: evaluations of a step without what was handed on.
-        chain: the chain in hand; `used`: its evaluations so far.
-        draws: start noises still to be drawn.
-        place: index of the time at which the candidate in hand stands.
-        parent: where the step in hand begins; None while start noises are drawn.
-        child: the best of the step in hand.
-        best: the best reward of the chain so far.
-        room, spent: quota of the step in hand, and evaluations in it.
-        candidate: what the network is given next.
-        winner: the best of the last steps of all chains.
-        ledger: (quota, evaluations) of each step that was made.
-    """
-
-    shares: list[int]
-    quota: int
-    draws: int
-    candidate: Tensor
-    chain: int = 0
-    used: int = 0
-    place: int = 0
-    parent: Particle | None = None
-    child: Particle | None = None
-    best: float = -math.inf
-    room: int = 0
-    spent: int = 0
-    winner: Particle | None = None
-    ledger: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -292,7 +243,8 @@ class RolloverBudgetForcing(State):
             )
         shares, quota = self._shares()
         noise = call.x[:count].float()
-        state.searches = [Search(list(shares), quota, self.draws, noise[i]) for i in range(count)]
+        rule = Rule(state.grid, self.draws, quota, self.diffusion, self.rollover)
+        state.searches = [Search(rule, list(shares), noise[i]) for i in range(count)]
 
     # -- a step ------------------------------------------------------------------------------------
     def advance(self, state: Progress, run: Run, step: Step, solve: Callable[[], Tensor]) -> Tensor:
@@ -335,9 +287,12 @@ class RolloverBudgetForcing(State):
             state.searches, found, rewards.tolist(), noise, strict=True
         ):
             particle.reward = reward
-            self._decide(state, run, search, particle, drawn)
+            search.take(particle, drawn)
         if run.index + 1 < self.budget - self.walk:
             return torch.stack(cleans)
+        handed_on = sum(search.rolled_over for search in state.searches)
+        if handed_on:
+            run.activity[f"{self.name}.rolled_over"] += handed_on
         winners = [search.winner for search in state.searches]
         if not self.walk:
             return torch.stack([w.clean for w in winners if w is not None])
@@ -346,70 +301,6 @@ class RolloverBudgetForcing(State):
             [w.x / last.c + (first - last.t) * w.flow for w in winners if w is not None]
         )
         return state.end
-
-    def _decide(
-        self, state: Progress, run: Run, search: Search, seen: Particle, noise: Tensor
-    ) -> None:
-        """What a search does after one evaluation; it ends with the next candidate in hand."""
-        search.used += 1
-        if search.parent is None:
-            if seen.reward > search.best or search.child is None:
-                search.best, search.child = seen.reward, seen
-            search.draws -= 1
-            if search.draws:
-                search.candidate = noise
-                return
-            self._begin_step(search, search.child, search.quota)
-        else:
-            self._after_child(state, run, search, seen)
-        if search.used == search.shares[search.chain]:
-            self._end_chain(search)
-            search.candidate = noise
-            return
-        assert search.parent is not None
-        search.candidate = self._child(state, search, noise)
-
-    def _after_child(self, state: Progress, run: Run, search: Search, seen: Particle) -> None:
-        search.spent += 1
-        if search.child is None or seen.reward > search.child.reward:
-            search.child = seen
-        better = seen.reward > search.best
-        search.best = max(search.best, seen.reward)
-        if search.place == self.steps - 1:
-            return  # the last time: what is left is spent here
-        if better and self.rollover:
-            left = search.room - search.spent
-            run.activity[f"{self.name}.rolled_over"] += left
-            self._end_step(search, seen, search.quota + left)
-        elif search.spent == search.room:
-            self._end_step(search, search.child, search.quota)
-
-    def _end_step(self, search: Search, chosen: Particle, room: int) -> None:
-        search.ledger.append((search.room, search.spent))
-        self._begin_step(search, chosen, room)
-
-    def _begin_step(self, search: Search, parent: Particle, room: int) -> None:
-        search.parent, search.child = parent, None
-        search.room, search.spent = room, 0
-        search.place += 1
-
-    def _child(self, state: Progress, search: Search, noise: Tensor) -> Tensor:
-        """A step from the parent, with new noise."""
-        assert search.parent is not None
-        here, there = state.grid[search.place - 1], state.grid[search.place]
-        strength = self.diffusion * here.s**2
-        parent = search.parent
-        return here.step(parent.x, parent.flow, here.s - there.s, strength, noise)
-
-    def _end_chain(self, search: Search) -> None:
-        search.ledger.append((search.room, search.spent))
-        last = search.child or search.parent
-        assert last is not None
-        if search.winner is None or last.reward > search.winner.reward:
-            search.winner = last
-        search.chain += 1
-        search.used, search.place, search.draws = 0, 0, self.draws
-        search.parent, search.child, search.best = None, None, -math.inf
 
 
 def _prompts(arguments: dict[str, Any]) -> list[str]:

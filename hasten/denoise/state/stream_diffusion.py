@@ -17,17 +17,18 @@ unconditional prediction of the first step for the later ones, at the pipeline's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.denoise.guidance import like
-from hasten.denoise.levels import Level, level
+from hasten.denoise.levels import level
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider, State
+from hasten.denoise.state.stages import Progress, Rows, stage_places
 from hasten.denoise.state.times import EndlessLoop
 from hasten.errors import HastenError
 from hasten.technique import (
@@ -42,62 +43,8 @@ from hasten.technique import (
     technique,
 )
 
-if TYPE_CHECKING:
-    from hasten.denoise.stream import Session
-
 LIMIT = 4096  # network calls of one call of the pipeline; a longer stream takes several
 OWN = "stream_session"
-
-
-@dataclass
-class Rows:
-    """The rows of one network call, stage by stage, the newest frames first.
-
-    Attributes:
-        x: what the network is given.
-        frames: latents of the frames that the rows come from.
-        residual: noise that stands for the unconditional prediction.
-    """
-
-    x: Tensor
-    frames: Tensor
-    residual: Tensor
-
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.x[part], self.frames[part], self.residual[part])
-
-    @classmethod
-    def join(cls, parts: list[Rows]) -> Rows:
-        """All rows of some, one after the other."""
-        names = ("x", "frames", "residual")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-@dataclass
-class Progress:
-    """One call of the pipeline.
-
-    Attributes:
-        session: the stream, or None in an ordinary call.
-        loop: the scheduler's list, made endless for a stream.
-        times, levels, scalings: timestep, noise level and (skip, out) of each stage.
-        noises: (stages, ...) noise of each stage.
-        waiting: rows at the stages after the first.
-        rows: rows of the call in hand.
-        pair: outputs of both branches at the step in hand.
-        first: the noise predicted without a condition at the first step of an ordinary call.
-    """
-
-    session: Session | None = None
-    loop: EndlessLoop | None = None
-    times: list[float] = field(default_factory=list)
-    levels: list[Level] = field(default_factory=list)
-    scalings: list[tuple[float, float]] = field(default_factory=list)
-    noises: Tensor | None = None
-    waiting: Rows | None = None
-    rows: Rows | None = None
-    pair: tuple[Tensor, Tensor] | None = None
-    first: Tensor | None = None
 
 
 @technique("stream_diffusion")
@@ -355,18 +302,3 @@ class StreamDiffusion(State, Guider):
         if self.residual == "self" and at.sigma > 0.0:
             residual = (x - at.alpha * frames) / at.sigma
         return Rows(x, frames, residual)
-
-
-def stage_places(steps: int, stages: int, strength: float) -> list[int]:
-    """Which of `steps` timesteps the stages are: evenly over the last `strength` of them.
-
-    Raises:
-        HastenError: where there are fewer timesteps than stages.
-    """
-    first = min(steps - 1, round(steps * (1.0 - strength)))
-    if stages > steps - first:
-        raise HastenError(
-            f"stream_diffusion: {stages} stages do not fit into the {steps - first} timesteps that strength="
-            f"{strength:g} leaves of {steps}; lower stages, or raise strength or steps."
-        )
-    return [first + (steps - first) * i // stages for i in range(stages)]

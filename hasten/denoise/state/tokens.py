@@ -87,7 +87,7 @@ class Subset:
         who: the technique that errors speak of.
     """
 
-    def __init__(self, kept: Tensor, nearest: Tensor, who: str) -> None:
+    def __init__(self, kept: Tensor, nearest: Tensor, who: str = "The plan") -> None:
         self.kept = kept
         self.nearest = nearest
         self.who = who

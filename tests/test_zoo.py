@@ -25,6 +25,7 @@ from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
 from hasten.zoo.tokenizer import train_tokenizer
 
 SHIPPED = ("code-lm", "code-lm-small", "code-lm-tiny")
+CONVERTED = ("code-dlm",)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +208,12 @@ def test_train_refuses(tmp_path: Path, tiny: recipes.Recipe, little: Corpus) -> 
 
 
 def test_recipes_name_themselves() -> None:
-    assert list(recipes.RECIPES) == list(SHIPPED)
+    assert list(recipes.RECIPES) == [*SHIPPED, *CONVERTED]
     for name, recipe in recipes.RECIPES.items():
         assert recipe.name == name
+        if isinstance(recipe, recipes.Conversion):
+            assert recipe.base in recipes.RECIPES
+            continue
         assert recipe.training.stages[-1].length == recipe.context
         assert recipe.training.stages[-1].share >= 0.35
 
@@ -304,7 +308,7 @@ def test_catalogue_lists_shipped_and_own_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
-    assert catalogue.names() == sorted(SHIPPED)
+    assert catalogue.names() == sorted((*SHIPPED, *CONVERTED))
     own = catalogue.user_path("mine")
     own.mkdir(parents=True)
     assert not catalogue.is_zoo_name("mine")  # empty: no model yet

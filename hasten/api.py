@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hasten.causal.engine import CausalModel
-from hasten.causal.engine import prepare as prepare_causal
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.inputs import own_prompts
 from hasten.errors import PlanError
@@ -21,6 +20,8 @@ from hasten.parts import load as load_part
 from hasten.parts import save as save_part
 from hasten.plan import Plan
 from hasten.preparation import Preparation, Tick, _no_tick
+from hasten.preparation import prepare as prepare_parts
+from hasten.preparation import prepare as prepare_parts
 from hasten.subject import Subject, open_subject
 from hasten.technique import Parts, Technique
 
@@ -115,7 +116,7 @@ def prepare(
         prompts=list(prompts or texts or own_prompts(subject)),
         arguments=dict(arguments or {}),
     )
-    made = prepare_causal(subject, parsed, preparation)
+    made = prepare_parts(parsed, preparation)
     if write:
         for technique in parsed:
             if technique.name in made:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hasten.errors import HastenError
+from hasten.plan import Plan
 from hasten.subject import Subject
+from hasten.technique import Parts
 
 Tick = Callable[[int, int, str], None]
 """Called with (done, total, message) so that a progress bar can move."""
@@ -84,3 +86,12 @@ class Preparation:
             yield torch.stack([stream[s : s + length] for s in starts.tolist()]).to(
                 self.subject.model.device
             )
+
+
+def prepare(plan: Plan, preparation: Preparation) -> dict[str, Parts]:
+    """Train what the plan's techniques need, whatever the engine; the weights stay as they are.
+
+    Returns:
+        The parts of each technique that needs some, by its name.
+    """
+    return {t.name: t.prepare(preparation) for t in plan if t.trained}

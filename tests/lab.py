@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,8 +19,8 @@ from hasten.causal.engine import CausalModel
 from hasten.errors import PlanError
 from hasten.masked.engine import MaskedModel
 from hasten.parts import part_knobs
-from hasten.plan import Plan
-from hasten.technique import Knob, Parts, Technique
+from hasten.plan import Plan, conflict
+from hasten.technique import Knob, Loss, Parts, Technique
 from tests import models
 from tests.law_settings import SETTINGS, SMALL, Setting
 
@@ -127,6 +128,63 @@ class Lab:
             models.tiny_tokenizer(self._alphabets[name]).save_pretrained(folder)
             self._second[name] = folder
         return self._second[name]
+
+
+def says_what_it_is(slug: str, engine: str, no_neutral: Collection[str]) -> None:
+    """A technique's card, contract and knobs are filled in."""
+    kind = registry.get(slug)
+    assert kind.name == slug
+    assert kind.__doc__ and kind.card.title and kind.card.family
+    assert kind.card.loss in Loss and kind.contract.slots
+    assert kind().loss_class() is kind.card.loss
+    assert {slot.engine for slot in kind.contract.slots} == {engine}
+    knobs = dataclasses.fields(kind)  # type: ignore[arg-type]
+    for knob in knobs:
+        assert knob.metadata["knob"].help, f"{slug}.{knob.name} says nothing of itself"
+    assert set(kind.part_knobs) <= {knob.name for knob in knobs}
+    kind(**(kind.card.neutral or {}))
+    exempt = kind.card.loss is not Loss.LOSSY or slug in no_neutral
+    assert kind.card.neutral is not None or exempt, f"{slug} is lossy and has no neutral setting"
+    assert not (kind.card.neutral and slug in no_neutral)
+
+
+def rival_can_be_read(slug: str, engine: str) -> None:
+    """The rival on a technique's card is a plan of the same engine, with a reason."""
+    kind = registry.get(slug)
+    if kind.card.rival is not None:
+        text = kind.card.rival.plan.format(**kind().knobs)
+        plan = Plan.parse(text)
+        assert text != slug and kind.card.rival.metric and kind.card.rival.why
+        assert {slot.engine for t in plan for slot in t.contract.slots} <= {engine}
+
+
+def survives_text_and_toml(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+    assert Plan.from_toml(plan.to_toml()) == plan
+    assert str(Plan.from_toml(plan.to_toml())) == str(plan)
+
+
+def refused_together(first: Technique, second: Technique) -> None:
+    """One line that names both, what they clash on, and what to do; in either order."""
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(PlanError) as caught:
+            Plan.parse(one, other)
+        message = str(caught.value)
+        assert "\n" not in message and one.name in message and other.name in message
+        assert "leave one of them out" in message
+        ours, theirs = one.terms(), other.terms()
+        slots = {repr(slot.label) for slot in set(ours.slots) & set(theirs.slots) if slot.exclusive}
+        resources = {r.value for r in (ours.needs & theirs.changes) | (theirs.needs & ours.changes)}
+        assert any(name in message for name in slots | resources)
+
+
+def verdict_without_names(first: Technique, second: Technique) -> bool:
+    """Whether two techniques may stand together when both are called something else."""
+
+    def renamed(technique: Technique, name: str) -> Technique:
+        return type(name, (type(technique),), {"name": name})(**technique.knobs)
+
+    return conflict(renamed(first, "one"), renamed(second, "two")) is None
 
 
 def counters(fast: CausalModel | MaskedModel, slug: str) -> dict[str, float]:

@@ -10,7 +10,6 @@ each has to suit several.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from itertools import combinations
@@ -22,16 +21,26 @@ import torch
 from torch import Tensor
 
 import hasten
+from hasten import applied
 from hasten import technique as registry
-from hasten.denoise import engine
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.network import networks
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.plan import Plan, conflict
-from hasten.technique import Loss, Parts, Technique
+from hasten.technique import Parts, Technique
 from tests import pipelines
 from tests.denoise_law_settings import NO_NEUTRAL, SETTINGS
-from tests.lab import counters, hooks, one_knob_plans, snapshot
+from tests.lab import (
+    counters,
+    hooks,
+    one_knob_plans,
+    refused_together,
+    rival_can_be_read,
+    says_what_it_is,
+    snapshot,
+    survives_text_and_toml,
+    verdict_without_names,
+)
 
 STEPS = 12
 SLUGS = registry.names(engine="denoise")
@@ -43,7 +52,7 @@ FEWEST = 2  # families that each technique has to suit
 def nothing_applied() -> Iterator[None]:
     """A test that fails leaves its plan on a pipeline that others share."""
     yield
-    engine._APPLIED.clear()
+    applied._APPLIED.clear()
 
 
 @cache
@@ -124,18 +133,7 @@ def work(fast: DenoiseModel) -> tuple[float, float]:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_it_says_what_it_is(slug: str) -> None:
-    kind = registry.get(slug)
-    assert kind.name == slug
-    assert kind.__doc__ and kind.card.title and kind.card.family
-    assert kind.card.loss in Loss and kind.contract.slots
-    assert {slot.engine for slot in kind.contract.slots} == {"denoise"}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        assert field.metadata["knob"].help, f"{slug}.{field.name} says nothing of itself"
-    assert set(kind.part_knobs) <= {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    kind(**(kind.card.neutral or {}))
-    exempt = kind.card.loss is not Loss.LOSSY or slug in NO_NEUTRAL
-    assert kind.card.neutral is not None or exempt, f"{slug} is lossy and has no neutral setting"
-    assert not (kind.card.neutral and slug in NO_NEUTRAL)
+    says_what_it_is(slug, "denoise", NO_NEUTRAL)
 
 
 def test_the_tables_hold_known_techniques_with_reasons() -> None:
@@ -145,12 +143,7 @@ def test_the_tables_hold_known_techniques_with_reasons() -> None:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_its_rival_is_a_plan_that_can_be_read(slug: str) -> None:
-    rival = registry.get(slug).card.rival
-    if rival is not None:
-        text = rival.plan.format(**registry.get(slug)().knobs)
-        plan = Plan.parse(text)
-        assert text != slug and rival.metric and rival.why
-        assert {slot.engine for t in plan for slot in t.contract.slots} <= {"denoise"}
+    rival_can_be_read(slug, "denoise")
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -290,9 +283,7 @@ def test_bf16(slug: str) -> None:
 @pytest.mark.parametrize("slug", SLUGS)
 def test_plans_survive_text_and_toml(slug: str) -> None:
     for plan in one_knob_plans(slug):
-        assert Plan.parse(str(plan)) == plan
-        assert Plan.from_toml(plan.to_toml()) == plan
-        assert str(Plan.from_toml(plan.to_toml())) == str(plan)
+        survives_text_and_toml(plan)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -341,16 +332,7 @@ def test_neutral_techniques_stand_in_nobodys_way() -> None:
 
 @pytest.mark.parametrize("pair", ILLEGAL, ids=" + ".join)
 def test_illegal_pairs_are_one_clear_error(pair: tuple[str, str]) -> None:
-    for first, second in (pair, pair[::-1]):
-        with pytest.raises(PlanError) as caught:
-            Plan.parse(made(first), made(second))
-        message = str(caught.value)
-        assert "\n" not in message and first in message and second in message
-        assert "leave one of them out" in message
-        ours, theirs = made(first).terms(), made(second).terms()
-        slots = {repr(slot.label) for slot in set(ours.slots) & set(theirs.slots) if slot.exclusive}
-        resources = {r.value for r in (ours.needs & theirs.changes) | (theirs.needs & ours.changes)}
-        assert any(name in message for name in slots | resources)
+    refused_together(*map(made, pair))
 
 
 def test_there_are_pairs_of_both_kinds() -> None:
@@ -359,12 +341,5 @@ def test_there_are_pairs_of_both_kinds() -> None:
 
 def test_conflicts_follow_from_contracts_alone() -> None:
     """Renaming both techniques changes no verdict."""
-
-    def renamed(slug: str, name: str) -> Technique:
-        kind = registry.get(slug)
-        knobs = dict(SETTINGS[slug].knobs) if slug in SETTINGS else {}
-        return type(name, (kind,), {"name": name})(**knobs)
-
     for pair in PAIRS:
-        verdict = conflict(renamed(pair[0], "one"), renamed(pair[1], "two"))
-        assert (verdict is None) == (pair in LEGAL)
+        assert verdict_without_names(*map(made, pair)) == (pair in LEGAL)

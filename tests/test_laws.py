@@ -6,7 +6,6 @@ what holds for them, and `tests/law_settings.py` is the one table of settings fo
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from itertools import combinations
 from typing import Any
@@ -30,7 +29,12 @@ from tests.lab import (
     hooks,
     one_knob_plans,
     padded_behind,
+    refused_together,
+    rival_can_be_read,
+    says_what_it_is,
     snapshot,
+    survives_text_and_toml,
+    verdict_without_names,
 )
 from tests.law_settings import NO_NEUTRAL, SETTINGS
 
@@ -102,17 +106,7 @@ def batch() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_it_can_be_imported_and_says_what_it_is(slug: str) -> None:
-    kind = registry.get(slug)
-    assert kind.name == slug
-    assert kind.__doc__ and kind.card.title and kind.card.family
-    assert kind.card.loss in Loss and kind.contract.slots
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        assert field.metadata["knob"].help, f"{slug}.{field.name} says nothing of itself"
-    assert set(kind.part_knobs) <= {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    kind(**(kind.card.neutral or {}))
-    exempt = kind.card.loss is not Loss.LOSSY or slug in NO_NEUTRAL
-    assert kind.card.neutral is not None or exempt, f"{slug} is lossy and has no neutral setting"
-    assert not (kind.card.neutral and slug in NO_NEUTRAL)
+    says_what_it_is(slug, "causal", NO_NEUTRAL)
 
 
 def test_the_tables_hold_known_techniques_with_reasons() -> None:
@@ -122,10 +116,7 @@ def test_the_tables_hold_known_techniques_with_reasons() -> None:
 
 @pytest.mark.parametrize("slug", BUILT)
 def test_its_rival_is_a_plan_that_can_be_read(slug: str) -> None:
-    rival = registry.get(slug).card.rival
-    if rival is not None:
-        text = rival.plan.format(**registry.get(slug)().knobs)
-        assert text != slug and len(Plan.parse(text)) >= 1 and rival.metric and rival.why
+    rival_can_be_read(slug, "causal")
 
 
 # -------------------------------------------------------------------------------- off is off
@@ -360,21 +351,18 @@ def test_parts_survive_saving_and_know_their_model(lab: Lab, slug: str, data_fol
 @pytest.mark.parametrize("slug", BUILT)
 def test_plans_survive_text_and_toml(slug: str) -> None:
     for plan in one_knob_plans(slug):
-        assert Plan.parse(str(plan)) == plan
-        assert Plan.from_toml(plan.to_toml()) == plan
-        assert str(Plan.from_toml(plan.to_toml())) == str(plan)
+        survives_text_and_toml(plan)
 
 
 # ------------------------------------------------------------------- valid and invalid chains
 
 
-def are_legal(pair: tuple[str, str]) -> bool:
-    first, second = (registry.get(slug)() for slug in pair)
-    return conflict(first, second) is None
+def at_defaults(slug: str) -> Technique:
+    return registry.get(slug)()
 
 
-LEGAL = [pair for pair in PAIRS if are_legal(pair)]
-ILLEGAL = [pair for pair in PAIRS if not are_legal(pair)]
+LEGAL = [pair for pair in PAIRS if conflict(*map(at_defaults, pair)) is None]
+ILLEGAL = [pair for pair in PAIRS if pair not in LEGAL]
 
 
 @pytest.mark.parametrize("pair", LEGAL, ids=" + ".join)
@@ -395,16 +383,7 @@ def test_legal_pairs_compose(lab: Lab, pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("pair", ILLEGAL, ids=" + ".join)
 def test_illegal_pairs_are_one_clear_error(pair: tuple[str, str]) -> None:
-    first, second = pair
-    for text in (f"{first}, {second}", f"{second}, {first}"):
-        with pytest.raises(PlanError) as caught:
-            Plan.parse(text)
-        message = str(caught.value)
-        assert "\n" not in message and first in message and second in message
-        ours, theirs = (registry.get(slug).contract for slug in pair)
-        slots = {repr(slot.label) for slot in set(ours.slots) & set(theirs.slots) if slot.exclusive}
-        resources = {r.value for r in (ours.needs & theirs.changes) | (theirs.needs & ours.changes)}
-        assert any(name in message for name in slots | resources)
+    refused_together(*map(at_defaults, pair))
 
 
 def test_a_technique_stands_in_a_plan_once() -> None:
@@ -415,12 +394,5 @@ def test_a_technique_stands_in_a_plan_once() -> None:
 
 def test_conflicts_follow_from_contracts_alone() -> None:
     """Renaming both techniques changes no verdict."""
-
-    def renamed(slug: str, name: str) -> Technique:
-        kind = registry.get(slug)
-        return type(name, (kind,), {"name": name})()
-
     for pair in PAIRS:
-        assert (conflict(renamed(pair[0], "one"), renamed(pair[1], "two")) is None) == are_legal(
-            pair
-        )
+        assert verdict_without_names(*map(at_defaults, pair)) == (pair in LEGAL)

@@ -27,7 +27,19 @@ from hasten.masked.slots import Guess
 from hasten.plan import Plan, conflict
 from hasten.technique import Contract, Loss, Technique
 from tests import models
-from tests.lab import counters, early_end, hooks, one_knob_plans, padded_behind, snapshot
+from tests.lab import (
+    counters,
+    early_end,
+    hooks,
+    one_knob_plans,
+    padded_behind,
+    refused_together,
+    rival_can_be_read,
+    says_what_it_is,
+    snapshot,
+    survives_text_and_toml,
+    verdict_without_names,
+)
 from tests.masked_law_settings import NO_NEUTRAL, SETTINGS, MaskedLab
 from tests.techniques.fillers import MASK, NEVER, prompt
 
@@ -142,19 +154,7 @@ def work(fast: Any) -> tuple[float, float]:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_it_says_what_it_is(slug: str) -> None:
-    kind = registry.get(slug)
-    assert kind.name == slug
-    assert kind.__doc__ and kind.card.title and kind.card.family
-    assert kind.card.loss in Loss and kind.contract.slots
-    assert kind().loss_class() is kind.card.loss
-    assert {slot.engine for slot in kind.contract.slots} == {"masked"}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        assert field.metadata["knob"].help, f"{slug}.{field.name} says nothing of itself"
-    assert set(kind.part_knobs) <= {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    kind(**(kind.card.neutral or {}))
-    exempt = kind.card.loss is not Loss.LOSSY or slug in NO_NEUTRAL
-    assert kind.card.neutral is not None or exempt, f"{slug} is lossy and has no neutral setting"
-    assert not (kind.card.neutral and slug in NO_NEUTRAL)
+    says_what_it_is(slug, "masked", NO_NEUTRAL)
 
 
 def test_the_tables_hold_known_techniques_with_reasons() -> None:
@@ -168,14 +168,7 @@ def test_the_tables_hold_known_techniques_with_reasons() -> None:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_its_rival_is_a_plan_that_can_be_read(slug: str) -> None:
-    rival = registry.get(slug).card.rival
-    if rival is not None:
-        text = rival.plan.format(**registry.get(slug)().knobs)
-        plan = Plan.parse(text)
-        assert text != slug and len(plan) >= 1 and rival.metric and rival.why
-        assert {slot.engine for technique in plan for slot in technique.contract.slots} == {
-            "masked"
-        }
+    rival_can_be_read(slug, "masked")
 
 
 # -------------------------------------------------------------------------------- off is off
@@ -380,9 +373,7 @@ def test_bf16(lab: MaskedLab, slug: str) -> None:
 @pytest.mark.parametrize("slug", SLUGS)
 def test_plans_survive_text_and_toml(slug: str) -> None:
     for plan in [*one_knob_plans(slug), *(Plan.parse(at_defaults(way)) for way in ways(slug))]:
-        assert Plan.parse(str(plan)) == plan
-        assert Plan.from_toml(plan.to_toml()) == plan
-        assert str(Plan.from_toml(plan.to_toml())) == str(plan)
+        survives_text_and_toml(plan)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -447,16 +438,7 @@ def test_neutral_techniques_stand_in_nobodys_way(lab: MaskedLab) -> None:
 
 @pytest.mark.parametrize("pair", ILLEGAL, ids=spelled)
 def test_illegal_pairs_are_one_clear_error(pair: tuple[Way, Way]) -> None:
-    for first, second in (pair, pair[::-1]):
-        with pytest.raises(PlanError) as caught:
-            Plan.parse(f"{said(first)}, {said(second)}")
-        message = str(caught.value)
-        assert "\n" not in message and first[0] in message and second[0] in message
-        assert "leave one of them out" in message
-        ours, theirs = at_defaults(first).terms(), at_defaults(second).terms()
-        slots = {repr(slot.label) for slot in set(ours.slots) & set(theirs.slots) if slot.exclusive}
-        resources = {r.value for r in (ours.needs & theirs.changes) | (theirs.needs & ours.changes)}
-        assert any(name in message for name in slots | resources)
+    refused_together(*map(at_defaults, pair))
 
 
 def test_there_are_pairs_of_both_kinds() -> None:
@@ -471,11 +453,5 @@ def test_a_technique_stands_in_a_plan_once() -> None:
 
 def test_conflicts_follow_from_contracts_alone() -> None:
     """Renaming both techniques changes no verdict."""
-
-    def renamed(way: Way, name: str) -> Technique:
-        kind = registry.get(way[0])
-        return type(name, (kind,), {"name": name})(**way[1])
-
     for pair in PAIRS:
-        verdict = conflict(renamed(pair[0], "one"), renamed(pair[1], "two"))
-        assert (verdict is None) == (pair in LEGAL)
+        assert verdict_without_names(*map(at_defaults, pair)) == (pair in LEGAL)

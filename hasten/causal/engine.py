@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -15,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hasten.applied import AppliedPlan
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.causal.slots import CausalTechnique
 from hasten.errors import HastenError, PlanError
-from hasten.parts import parts_for
 from hasten.plan import Plan
-from hasten.preparation import Preparation
+from hasten.streaming import streamed
 from hasten.subject import Subject
 from hasten.technique import Parts
 
@@ -31,7 +29,6 @@ RUNNERS: dict[str, type[Runner]] = {"eager": EagerRunner, "compiled": CompiledRu
 _RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = (
     weakref.WeakKeyDictionary()
 )
-_APPLIED: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Score:
     activity: dict[str, int]
 
 
-class CausalModel:
+class CausalModel(AppliedPlan):
     """What `hasten.apply` returns for a causal language model.
 
     The model itself is never changed: its attention is exchanged for the time of a pass only.
@@ -71,30 +68,18 @@ class CausalModel:
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
-        model = subject.model
-        if exclusive and model in _APPLIED:
-            raise PlanError(
-                f"This model has the plan {_APPLIED[model] or '(empty)'!r} on it already; call undo() first."
-            )
-        self.subject = subject
-        self.plan = plan
-        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
-        self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
+        super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         brought = [
             own
             for technique, bound in self.bound
             if isinstance(technique, CausalTechnique)
             and (own := technique.model(bound)) is not None
         ]
-        self.runner: Runner = make_runner(runner, brought[0] if brought else model, plan)
-        self.activity: dict[str, int] = {}
+        self.runner: Runner = make_runner(runner, brought[0] if brought else subject.model, plan)
         self.peak_cache_bytes = 0
         self.prefill_seconds = 0.0
         self.cache_bytes = 0
-        self._open = True
-        self._exclusive = exclusive
-        if exclusive:
-            _APPLIED[model] = str(plan)
+        self._claim()
 
     # -- calls -----------------------------------------------------------------------------------
     def generate(
@@ -126,26 +111,14 @@ class CausalModel:
         run = self._run(input_ids, attention_mask, arguments)
         if run.batch > 1:
             raise HastenError("A stream takes one row; give a batch of one.")
-        queue: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
-        run.on_tokens = lambda run, first: queue.put(
-            run.tokens[0, int(first[0]) : int(run.lengths[0])].clone()
-        )
 
-        def work() -> None:
-            try:
-                self._execute(run)
-                queue.put(None)
-            except BaseException as error:
-                queue.put(error)
+        def execute(put: Callable[[Tensor], None]) -> None:
+            run.on_tokens = lambda run, first: put(
+                run.tokens[0, int(first[0]) : int(run.lengths[0])].clone()
+            )
+            self._execute(run)
 
-        Thread(target=work, daemon=True).start()
-        try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            run.cancel()  # the reader may have gone before the end
+        return streamed(execute, run.cancel)
 
     def score(
         self,
@@ -176,25 +149,10 @@ class CausalModel:
         return Score(nll, trace if logits else None, self.activity)
 
     # -- the rest --------------------------------------------------------------------------------
-    def undo(self) -> None:
-        """Take the plan off; the model is what it was, and this object cannot be used any more."""
-        if self._open:
-            self._open = False
-            self.bound = []
-            if self._exclusive:
-                _APPLIED.pop(self.subject.model, None)
-
-    def __enter__(self) -> CausalModel:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.undo()
-
     def _run(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any]
     ) -> Run:
-        if not self._open:
-            raise PlanError("The plan was undone; apply it again to use it.")
+        self._check_open()
         prompt, mask = check_prompt(self.subject, input_ids, attention_mask)
         settings = Settings.resolve(self.subject.model, prompt.shape[1], arguments)
         check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
@@ -230,11 +188,6 @@ def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
     if name not in runners:
         runners[name] = RUNNERS[name](model)
     return runners[name]
-
-
-def prepare(subject: Subject, plan: Plan, preparation: Preparation) -> dict[str, Parts]:
-    """Train what the plan's techniques need; the model's weights stay as they are."""
-    return {t.name: t.prepare(preparation) for t in plan if t.trained}
 
 
 def _put(streamer: Any, run: Run, first: Tensor) -> None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
-
+from hasten.applied import AppliedPlan
 from hasten.denoise.compiled import check_runner, compiled
 from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
-from hasten.errors import HastenError, PlanError
-from hasten.parts import parts_for
+from hasten.errors import HastenError
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Parts
 
-_APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
-
-class DenoiseModel:
+class DenoiseModel(AppliedPlan):
     """What `hasten.apply` returns for a Diffusers pipeline.
 
     It is called as the pipeline is, and returns what the pipeline returns. The plan acts during
@@ -48,27 +43,15 @@ class DenoiseModel:
         check_runner(runner, plan)
         pipe = subject.pipe
         assert pipe is not None, "the subject is of another engine"
-        owner = networks(pipe)[0]
-        if exclusive and owner in _APPLIED:
-            raise PlanError(
-                f"This pipeline has the plan {_APPLIED[owner] or '(empty)'!r} on it already; call undo() first."
-            )
-        self.subject = subject
-        self.plan = plan
-        self.pipe = pipe
-        self.runner = runner
-        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
         for technique in plan:
             technique.check(pipe)  # type: ignore[attr-defined]
-        self.bound = [(t, t.bind(owner, self.parts[t.name])) for t in plan.ordered()]
+        super().__init__(subject, plan, networks(pipe)[0], parts, exclusive=exclusive)
+        self.pipe = pipe
+        self.runner = runner
         self._slots()  # a technique of another engine is refused now
-        self.activity: dict[str, int] = {}
         self.seconds = 0.0
         self.network_seconds = 0.0
-        self._open = True
-        self._exclusive = exclusive
-        if exclusive:
-            _APPLIED[owner] = str(plan)
+        self._claim()
 
     def _slots(self) -> Slots:
         return Slots.fill(self.bound)
@@ -90,8 +73,7 @@ class DenoiseModel:
 
     def start(self) -> Run:
         """A call that has not begun; `_execute` runs it."""
-        if not self._open:
-            raise PlanError("The plan was undone; apply it again to use it.")
+        self._check_open()
         return Run(self.pipe, self._slots())
 
     def _execute(self, run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -108,21 +90,6 @@ class DenoiseModel:
             self.seconds = time.perf_counter() - start
             self.network_seconds = run.seconds
             self.activity = dict(run.activity)
-
-    # -- the rest --------------------------------------------------------------------------------
-    def undo(self) -> None:
-        """Take the plan off; this object cannot be used any more."""
-        if self._open:
-            self._open = False
-            self.bound = []
-            if self._exclusive:
-                _APPLIED.pop(networks(self.pipe)[0], None)
-
-    def __enter__(self) -> DenoiseModel:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.undo()
 
 
 def _check_steps(arguments: dict[str, Any]) -> None:

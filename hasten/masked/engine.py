@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Iterator
-from queue import SimpleQueue
-from threading import Thread
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hasten.applied import AppliedPlan
 from hasten.causal.engine import check_length, check_prompt
 from hasten.causal.generation import Settings, result
-from hasten.errors import HastenError, PlanError
+from hasten.errors import HastenError
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.run import Run, Slots
 from hasten.masked.sampling import Sampler
-from hasten.parts import parts_for
 from hasten.plan import Plan
+from hasten.streaming import streamed
 from hasten.subject import MaskedForm, Subject
 from hasten.technique import Parts
 
 DEFAULT_BLOCK = 32
 FROM_LEFT_TO_RIGHT = "The masked engine does not write from left to right; cut the text afterwards."
 
-_APPLIED: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
-
-class MaskedModel:
+class MaskedModel(AppliedPlan):
     """What `hasten.apply` returns for a masked-diffusion model.
 
     With an empty plan it decodes statically: one place a pass, the most confident first, block by
@@ -52,25 +47,13 @@ class MaskedModel:
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
-        model = subject.model
-        if exclusive and model in _APPLIED:
-            raise PlanError(
-                f"This model has the plan {_APPLIED[model] or '(empty)'!r} on it already; call undo() first."
-            )
         assert subject.form is not None, "the subject is of another engine"
-        self.subject = subject
-        self.plan = plan
+        super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         self.form: MaskedForm = subject.form
-        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
-        self.bound = [(t, t.bind(model, self.parts[t.name])) for t in plan.ordered()]
         self._slots()  # a technique of another engine is refused now
-        self.activity: dict[str, int] = {}
         self.peak_cache_bytes = 0
         self.seconds = 0.0
-        self._open = True
-        self._exclusive = exclusive
-        if exclusive:
-            _APPLIED[model] = str(plan)
+        self._claim()
 
     def _slots(self) -> Slots:
         return Slots.fill(self.bound)
@@ -150,40 +133,14 @@ class MaskedModel:
         run, _ = self._generation(input_ids, attention_mask, block_length, arguments)
         if run.batch > 1:
             raise HastenError("A stream takes one row; give a batch of one.")
-        queue: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
-        run.on_tokens = _Tail(queue.put)
 
-        def work() -> None:
-            try:
-                self._execute(run)
-                queue.put(None)
-            except BaseException as error:
-                queue.put(error)
+        def execute(put: Callable[[Tensor], None]) -> None:
+            run.on_tokens = _Tail(put)
+            self._execute(run)
 
-        Thread(target=work, daemon=True).start()
-        try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            run.cancelled = True  # the reader may have gone before the end
+        return streamed(execute, run.cancel)
 
     # -- the rest --------------------------------------------------------------------------------
-    def undo(self) -> None:
-        """Take the plan off; the model is what it was, and this object cannot be used any more."""
-        if self._open:
-            self._open = False
-            self.bound = []
-            if self._exclusive:
-                _APPLIED.pop(self.subject.model, None)
-
-    def __enter__(self) -> MaskedModel:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.undo()
-
     def _generation(
         self,
         input_ids: Tensor | None,
@@ -222,8 +179,7 @@ class MaskedModel:
         *,
         eos: tuple[int, ...],
     ) -> Run:
-        if not self._open:
-            raise PlanError("The plan was undone; apply it again to use it.")
+        self._check_open()
         pads = torch.zeros_like(tokens[:, 0]) if mask is None else (mask == 0).sum(dim=1)
         pad = settings.pad_token_id
         if pad == self.form.mask_id and eos:

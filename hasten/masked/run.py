@@ -98,7 +98,7 @@ class Run:
         self.activity: Counter[str] = Counter()
         self.states: dict[int, Any] = {}
         self.peak_cache_bytes = 0
-        self.cancelled = False  # set from another thread to stop after the pass in hand
+        self._cancelled = False
         self.ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         self.on_tokens: Callable[[Run], None] | None = None
         self.trace: list[Tensor] | None = None  # the text after each pass, where someone asks
@@ -235,6 +235,10 @@ class Run:
         return guess
 
     # -- the loop ----------------------------------------------------------------------------------
+    def cancel(self) -> None:
+        """Let the loop end after the pass that is running; may come from another thread."""
+        self._cancelled = True
+
     def execute(self) -> None:
         """Fill the text, block after block."""
         for technique, bound in self.slots.entries():
@@ -243,9 +247,9 @@ class Run:
             for block in self.blocks:
                 self.block = block
                 self.carried = None
-                while bool(self.open.any()) and not self.cancelled:
+                while bool(self.open.any()) and not self._cancelled:
                     self.step()
-                if self.cancelled or bool(self.ended.all()):
+                if self._cancelled or bool(self.ended.all()):
                     break
         finally:
             for technique, _ in self.slots.entries():

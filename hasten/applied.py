@@ -1,0 +1,84 @@
+"""A plan that is on a model: one at a time, taken off by `undo`, or at the end of a `with`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Self
+
+from torch import nn
+
+from hasten.errors import PlanError
+from hasten.parts import parts_for
+from hasten.plan import Plan
+from hasten.subject import Subject
+from hasten.technique import Parts, Technique
+
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+class AppliedPlan:
+    """What `hasten.apply` returns, whatever the engine.
+
+    Attributes:
+        subject: the model with what is known of it.
+        plan: the techniques, in the order in which they were written.
+        parts: trained tensors by technique.
+        bound: (technique, what it built for this model) in the order in which they act.
+        activity: counters of the last call.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: Plan,
+        owner: nn.Module,
+        parts: dict[str, Parts] | None,
+        *,
+        exclusive: bool,
+    ) -> None:
+        """Bind a plan.
+
+        Args:
+            owner: the network that may carry one plan only.
+            exclusive: False lets plans stand beside each other, as a benchmark needs it.
+
+        Raises:
+            PlanError: where the network has a plan already, or a trained part is missing.
+        """
+        if exclusive and owner in _APPLIED:
+            raise PlanError(
+                f"This model has the plan {_APPLIED[owner] or '(empty)'!r} on it already; call undo() first."
+            )
+        self.subject = subject
+        self.plan = plan
+        self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
+        self.bound: list[tuple[Technique, Any]] = [
+            (t, t.bind(owner, self.parts[t.name])) for t in plan.ordered()
+        ]
+        self.activity: dict[str, int] = {}
+        self._owner = owner
+        self._open = True
+        self._exclusive = exclusive
+
+    def _claim(self) -> None:
+        """Mark the network as taken; the last step of an engine's own set-up."""
+        if self._exclusive:
+            _APPLIED[self._owner] = str(self.plan)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise PlanError("The plan was undone; apply it again to use it.")
+
+    def undo(self) -> None:
+        """Take the plan off; the model is what it was, and this object cannot be used any more."""
+        if self._open:
+            self._open = False
+            self.bound = []
+            if self._exclusive:
+                _APPLIED.pop(self._owner, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()

@@ -89,6 +89,7 @@ class Run:
         self.eos = eos
         self.pad = pad
         self.start = int((~given).any(dim=0).float().argmax())
+        self.block_length = block_length
         ends = range(self.start + block_length, tokens.shape[1], block_length)
         edges = [self.start, *ends, tokens.shape[1]]
         self.blocks = list(itertools.pairwise(edges))
@@ -129,16 +130,56 @@ class Run:
         """
         return self.masked & (self.columns < self.block[1])
 
+    def next_open(self, tokens: Tensor) -> Tensor:
+        """(batch, length) bool, the open places of each row's first block that has any.
+
+        That is where the next place of a text is filled; rows may be in different blocks. Blocks
+        before the one in hand are full.
+
+        Args:
+            tokens: (batch, length) ids, the text or a draft that goes on from it.
+        """
+        masked = (tokens == self.mask_id) & ~self.given
+        first = masked.float().argmax(dim=1).clamp(min=self.block[0])
+        ends = self._end_of_block(first)
+        return masked & (self.columns < ends[:, None])
+
+    def block_numbers(self) -> Tensor:
+        """(length,) which block each place belongs to; below 0 before the first new one."""
+        return (self.columns - self.start).div(self.block_length, rounding_mode="floor")
+
+    def _end_of_block(self, places: Tensor) -> Tensor:
+        """Where the blocks end that some places stand in."""
+        number = (places - self.start) // self.block_length
+        return ((number + 1) * self.block_length + self.start).clamp(max=self.length)
+
     @property
     def columns(self) -> Tensor:
         """(length,) the places' numbers."""
         return torch.arange(self.length, device=self.tokens.device)
 
     def needed(self) -> Tensor:
-        """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on."""
+        """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on.
+
+        Drafts may go beyond the block. Then whole further blocks are wanted, so many that neither
+        the drafts of this pass nor those made of it reach the end.
+        """
         looks_back = self.slots.remasker is not None and self.slots.remasker[0].looks_back
-        first = self.start if looks_back else self.block[0]
-        return torch.arange(first, self.block[1], device=self.tokens.device)
+        first, end = self.start if looks_back else self.block[0], self.block[1]
+        beyond = 2 * self._reach - int(self.open.sum(dim=1).min()) if self._reach else 0
+        if beyond > 0:
+            end = int(self._end_of_block(torch.tensor(min(end + beyond, self.length) - 1)))
+        return torch.arange(first, end, device=self.tokens.device)
+
+    @property
+    def _reach(self) -> int:
+        """Places that drafts fill at most beyond the block; 0 where they stay inside.
+
+        With a window they stay: what it keeps of a block depends on when the block was left.
+        """
+        if self.slots.candidates is None or self.slots.window is not None:
+            return 0
+        return self.slots.candidates[0].reach
 
     def state(self, entry: tuple[MaskedTechnique, Any]) -> Any:
         """What a technique remembers of this call."""
@@ -176,14 +217,14 @@ class Run:
         return [guess.take(first + draft) for draft in range(count)]
 
     def adopt(self, drafts: Tensor, guesses: list[Guess], best: Tensor) -> None:
-        """Go on from one draft of each row; `guesses` may lack those of drafts that fill the block."""
+        """Go on from one draft of each row; `guesses` may lack those of drafts that fill everything."""
         every = torch.arange(self.batch, device=self.tokens.device)
         self.tokens = drafts[every, best]
         count = len(guesses)
-        if count == 0:
+        if count == 0 or bool((best >= count).all()):
             self.carried = None
             return
-        chosen = best.clamp(max=count - 1)
+        chosen = best.clamp(max=count - 1)  # a row beyond it is full
         stacked = Guess(
             torch.stack([g.tokens for g in guesses], 1)[every, chosen],
             torch.stack([g.confidence for g in guesses], 1)[every, chosen],
@@ -246,7 +287,8 @@ class Run:
         try:
             for block in self.blocks:
                 self.block = block
-                self.carried = None
+                if not self._reach:
+                    self.carried = None
                 while bool(self.open.any()) and not self._cancelled:
                     self.step()
                 if self._cancelled or bool(self.ended.all()):
@@ -278,8 +320,9 @@ class Run:
         assert self.slots.candidates is not None
         technique, state = self.slots.candidates[0], self.state(self.slots.candidates)
         drafts = technique.propose(state, self, guess)
-        # A draft that fills the block of every row has no successor to be judged by.
-        full = (drafts[:, :, slice(*self.block)] != self.mask_id).all(dim=2).all(dim=0)
+        # A draft that fills all that was guessed of, in every row, has no successor to be judged by.
+        judged = drafts[:, :, self.needed()]
+        full = (judged != self.mask_id).all(dim=2).all(dim=0)
         count = int((~full).sum())
         guesses = self.evaluate(drafts[:, :count]) if count else []
         best = technique.verify(state, self, drafts, guesses)

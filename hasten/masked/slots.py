@@ -86,7 +86,13 @@ class Remasker(MaskedTechnique):
 
 
 class Candidates(MaskedTechnique):
-    """Replaces the step: proposes several next states and keeps the furthest one that holds."""
+    """Replaces the step: proposes several next states and keeps the furthest one that holds.
+
+    Attributes:
+        reach: places that drafts fill at most beyond the block in hand.
+    """
+
+    reach = 0
 
     def propose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, drafts, length) ids, each draft with more places fixed than the one before it."""

@@ -50,7 +50,7 @@ def write(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("block", [8, 24])
+@pytest.mark.parametrize("block", [1, 8, 24])
 def test_the_text_is_that_of_static_decoding(form: str, block: int) -> None:
     model = filler(**FORMS[form])
     wanted, static = write(model, "", rows(), block=block)
@@ -58,7 +58,9 @@ def test_the_text_is_that_of_static_decoding(form: str, block: int) -> None:
     for num_draft in (2, 4, 8, NEW):
         ids, activity = write(model, f"freedave(num_draft={num_draft})", rows(), block=block)
         assert torch.equal(ids, wanted)
-        assert activity["passes"] < NEW and activity["emitted"] == static["emitted"]
+        assert activity["emitted"] == static["emitted"]
+        # What a random model says of the next place seldom holds once the one before it is filled.
+        assert activity["passes"] < NEW or (block == 1 and activity["passes"] == NEW)
 
 
 def test_many_prompts_at_once() -> None:
@@ -148,31 +150,29 @@ def fewest_passes(model: Any, static: list[Tensor], first: int, block: int) -> i
     """
     form = hasten.open_subject(model).form
     assert form is not None
-    total = 0
-    for start in range(0, len(static) - 1, block):
-        states, at = static[start : start + block + 1], 0
-        places = torch.arange(first + start, first + start + block)
-        total += 1  # the look at the block's start
-        while at < block:
-            with torch.no_grad(), undirected(model):
-                logits = model(input_ids=states[at][None]).logits[0]
-            logits[:, MASK] = -torch.inf
-            said = logits[places - 1 if form.shifted else places].softmax(dim=-1).max(dim=-1)
-            still = states[at][places] == MASK
-            order = said.values.masked_fill(~still, -1.0).argsort(descending=True, stable=True)
-            draft, reached = states[at].clone(), at
-            for place in order[: block - at]:
-                draft[places[place]] = said.indices[place]
-                if not torch.equal(draft, states[reached + 1]):
-                    break
-                reached += 1
-            total += at < block - 1
-            at = reached
+    new = len(static) - 1
+    places, number = torch.arange(first, first + new), torch.arange(new) // block
+    total, at = 1, 0  # the look at the beginning
+    while at < new:
+        with torch.no_grad(), undirected(model):
+            logits = model(input_ids=static[at][None]).logits[0]
+        logits[:, MASK] = -torch.inf
+        said = logits[places - 1 if form.shifted else places].softmax(dim=-1).max(dim=-1)
+        still = static[at][places] == MASK
+        key = (said.values - 2 * number).masked_fill(~still, -torch.inf)
+        draft, reached = static[at].clone(), at
+        for place in key.argsort(descending=True, stable=True)[: new - at]:
+            draft[places[place]] = said.indices[place]
+            if not torch.equal(draft, static[reached + 1]):
+                break
+            reached += 1
+        total += at < new - 1
+        at = reached
     return total
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("block", [8, 24])
+@pytest.mark.parametrize("block", [1, 8, 24])
 def test_deep_drafts_need_as_few_passes_as_can_be(shifted: bool, block: int) -> None:
     found = []
     for seed in range(4):
@@ -182,10 +182,10 @@ def test_deep_drafts_need_as_few_passes_as_can_be(shifted: bool, block: int) -> 
         states = [static.before[0][0], *(text[0] for text in static.after)]
         wanted = fewest_passes(model, states, 12, block)
         inputs = {"input_ids": prompt(seed=seed)}
-        ids, activity = write(model, f"freedave(num_draft={block})", inputs, block=block)
+        ids, activity = write(model, f"freedave(num_draft={NEW})", inputs, block=block)
         assert torch.equal(ids[0], states[-1])
         assert activity["passes"] == wanted
-        assert activity["freedave.accepted"] >= NEW - activity["passes"]
+        assert activity.get("freedave.accepted", 0) >= NEW - activity["passes"]
         found.append(wanted)
     assert min(found) < NEW
 
@@ -321,10 +321,12 @@ def test_a_seed_draws_the_same_tokens(shifted: bool) -> None:
     model, texts = filler(shifted=shifted), []
     for seed in range(3):
         settings = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": seed}
-        wanted, _ = write(model, "", rows(), block=12, **settings)
-        for num_draft in (2, 5):
-            ids, _ = write(model, f"freedave(num_draft={num_draft})", rows(), block=12, **settings)
-            assert torch.equal(ids, wanted)
+        for block in (12, 3):
+            wanted, _ = write(model, "", rows(), block=block, **settings)
+            for draft in (2, 5):
+                plan = f"freedave(num_draft={draft})"
+                ids, _ = write(model, plan, rows(), block=block, **settings)
+                assert torch.equal(ids, wanted)
         texts.append(wanted)
     assert not torch.equal(texts[0], texts[1])
 
@@ -350,7 +352,7 @@ def test_rows_that_end_at_different_times() -> None:
     assert ends
 
 
-@pytest.mark.parametrize("block", [None, 5])
+@pytest.mark.parametrize("block", [None, 5, 1])
 def test_holes_in_texts(block: int | None) -> None:
     model = filler(shifted=True)
     text = prompt(3, 30, seed=4)

@@ -7,9 +7,11 @@ before it, go through the model as one batch. Each output says what static decod
 guess, so it confirms the next guess or not, and the furthest confirmed one brings its output along.
 
 Inferred: with a threshold, each draft after the first has one place more (the paper leaves the
-number open). A draft that fills the block is adopted without a pass of its own. The paper's other
-layout, one sequence that repeats the block under a tree mask, is not built: it gives the same logits
-only where the rest of the text does not look at the block.
+number open). Drafts go on into the next blocks, as static decoding does, so that short blocks leave
+room for them too; on top of a cache, and where the technique is lossy, they end with the block. A
+draft that fills all places is adopted without a pass of its own. The paper's other layout, one
+sequence that repeats the block under a tree mask, is not built: it gives the same logits only where
+the rest of the text does not look at the block.
 """
 
 from __future__ import annotations
@@ -80,24 +82,28 @@ class FreeDave(Candidates, Committer):
         True, "keep only drafts that hold; without, the furthest one is kept unseen"
     )
 
+    @property
+    def reach(self) -> int:  # type: ignore[override]
+        """All of a draft may lie beyond the block. What is lossy stays inside, as threshold decoding."""
+        return self.num_draft if self.loss_class() is Loss.EXACT else 0
+
     def loss_class(self) -> Loss:
         """Exact as long as one place is filled at a time and drafts are checked."""
         return Loss.EXACT if self.checked and self.threshold == TOP_ONE else Loss.LOSSY
 
     def choose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, length) bool, what one step without drafts fills."""
-        return self._step(run, guess, run.open)
+        return self._step(run, guess, run.next_open(run.tokens))
 
     def propose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, drafts, length) ids: the next state, and it with 1, 2, ... places more."""
-        places = run.open
-        first = self._step(run, guess, places)
-        rest = places & ~first
+        first = self._step(run, guess, run.next_open(run.tokens))
+        known = run.columns <= guess.wanted[-1]
+        rest = run.masked & known & ~first
         count = 1 + min(self.num_draft - 1, int(rest.sum(dim=1).max()))
-        order = guess.confidence.masked_fill(~rest, -1.0).argsort(
-            dim=1, descending=True, stable=True
-        )
-        rank = order.argsort(dim=1)[:, None]
+        # Block after block, and in each the surest place first.
+        key = (guess.confidence - 2.0 * run.block_numbers()).masked_fill(~rest, -torch.inf)
+        rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)[:, None]
         more = torch.arange(count, device=rank.device)[:, None]
         filled = first[:, None] | (rest[:, None] & (rank < more))
         return torch.where(filled, guess.tokens[:, None], run.tokens[:, None])
@@ -109,7 +115,7 @@ class FreeDave(Candidates, Committer):
             best += drafts.shape[1] - 1
         for index, guess in enumerate(guesses if self.checked else ()):
             draft, later = drafts[:, index], drafts[:, index + 1 :]
-            step = self._step(run, guess, run.open & (draft == run.mask_id))
+            step = self._step(run, guess, run.next_open(draft))
             after = torch.where(step, guess.tokens, draft)[:, None]
             # The whole text is compared, so the right token at the wrong place does not pass.
             holds = ((later == after) | (later == run.mask_id)).all(dim=2)

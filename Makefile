@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment of its own, in .venv.
 #
 #     make demo     install, then measure medusa on the shipped model and write report.html
-#     make test     install, then run all tests
+#     make test     install, then run all tests but the thorough ones
+#     make thorough install, then run the tests that draw pictures for many minutes
 #     make lint     ruff
 #     make types    mypy
 #     make docs     write the generated pages anew
@@ -23,13 +24,16 @@ DEMO_PLAN ?= --with medusa
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test thorough lint types docs clean
 
 demo: $(VENV)/.report
 	$(BIN)/hasten bench code-lm $(DEMO_PLAN) --report report.html
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+thorough: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m thorough
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check hasten tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hasten.causal.engine import CausalModel
 from hasten.denoise.engine import DenoiseModel
-from hasten.denoise.inputs import own_prompts
+from hasten.denoise.inputs import COUNT, own_prompts, refusals
+from hasten.denoise.pipelines import quiet
+from hasten.denoise.step_counts import for_steps
 from hasten.errors import PlanError
 from hasten.home import atomic_write
 from hasten.masked.engine import MaskedModel
@@ -20,7 +23,6 @@ from hasten.parts import load as load_part
 from hasten.parts import save as save_part
 from hasten.plan import Plan
 from hasten.preparation import Preparation, Tick, _no_tick
-from hasten.preparation import prepare as prepare_parts
 from hasten.preparation import prepare as prepare_parts
 from hasten.subject import Subject, open_subject
 from hasten.technique import Parts, Technique
@@ -101,12 +103,19 @@ def prepare(
         texts: documents that a language model learns from.
         prompts: what a Diffusers pipeline learns from: texts, or classes. By default `texts`, or for
             a model of the zoo captions like those that it learned from.
-        arguments: further arguments of a pipeline's call, such as its size or guidance scale.
+        arguments: further arguments of a pipeline's call, such as its size, guidance scale or number
+            of steps (`num_inference_steps`).
         steps: optimiser steps; None takes each technique's own default.
         write: also save the parts in the user's data folder, where `apply` finds them.
+
+    Raises:
+        HastenError: where text or prompts are missing, or the pipeline refuses the arguments.
     """
     parsed = Plan.parse(*plan)
     subject = open_subject(model, tokenizer=tokenizer)
+    check_engine(subject, parsed)
+    if arguments and arguments.get(COUNT) is not None:
+        parsed = for_steps(parsed, arguments[COUNT])
     preparation = Preparation(
         subject,
         list(texts),
@@ -116,7 +125,11 @@ def prepare(
         prompts=list(prompts or texts or own_prompts(subject)),
         arguments=dict(arguments or {}),
     )
-    made = prepare_parts(parsed, preparation)
+    with ExitStack() as stack:
+        if subject.pipe is not None:
+            stack.enter_context(quiet(subject.pipe))
+            stack.enter_context(refusals(subject.pipe))
+        made = prepare_parts(parsed, preparation)
     if write:
         for technique in parsed:
             if technique.name in made:

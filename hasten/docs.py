@@ -1,7 +1,7 @@
 """Generated documentation: a page per technique, and the results table of the README.
 
     python -m hasten.docs cards [FOLDER]     write docs/cards (--check: only say what is out of date)
-    python -m hasten.docs results [FILE]     fill the results block of README.md from the ledger
+    python -m hasten.docs results [FILE]     fill a model's results in README.md from the ledger
 
 Pages hold what a technique declares, so they change only when its source does. Figures come from
 the ledger and nowhere else.
@@ -27,8 +27,12 @@ from hasten.technique import Technique
 
 FOLDER = Path("docs/cards")
 INDEX = "README.md"
-BEGIN = "<!-- results: begin; written by `python -m hasten.docs results` -->"
-END = "<!-- results: end -->"
+
+
+def block(subject: str) -> tuple[str, str]:
+    """The comments between which the results of a model stand in a Markdown file."""
+    how = f"written by `python -m hasten.docs results --subject {subject}`"
+    return f"<!-- results of {subject}: begin; {how} -->", f"<!-- results of {subject}: end -->"
 
 
 def card_data(kind: type[Technique]) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def _lines(*parts: str) -> str:
 
 
 def results(subject: str = "code-lm") -> str:
-    """The newest measurement of each technique alone on one model, as a Markdown table.
+    """The newest measurement of each plan on one model, as a Markdown table.
 
     Raises:
         HastenError: where the ledger holds nothing that was measured here under these versions.
@@ -235,7 +239,7 @@ def results(subject: str = "code-lm") -> str:
     from hasten.measure.ledger import Entry, Ledger, is_stale
 
     newest: dict[str, Entry] = {}
-    for entry in Ledger().entries(subject=subject, alone=True):
+    for entry in Ledger().entries(subject=subject):
         if not is_stale(entry):
             newest[entry.plan] = entry
     if not newest:
@@ -246,9 +250,7 @@ def results(subject: str = "code-lm") -> str:
     for plan, entry in sorted(newest.items()):
         row = entry.row
         quality = view.main_quality(row)
-        recovery = (
-            f"{quality.name} {view.recovery_words(quality.recovery)}" if quality else view.DASH
-        )
+        kept = f"{quality.name} {quality.words}" if quality else view.DASH
         proof = {True: "proved", False: "proof failed"}.get(
             view.look(row, "proof", "passed"), "not proved"
         )
@@ -258,7 +260,7 @@ def results(subject: str = "code-lm") -> str:
                 f"{view.times(view.number(row, 'ratio', 'median'))} ({view.ratio_span(row)})",
                 view.times(view.number(row, "ceiling")),
                 f"{view.text(row, 'loss_class')}, {proof}",
-                recovery,
+                kept,
                 _cell(view.text(row, "verdict")),
                 _cell("; ".join(_speed_claims(entry.techniques)) or view.DASH),
             ]
@@ -278,6 +280,9 @@ def results(subject: str = "code-lm") -> str:
 def _speed_claims(names: Iterable[str]) -> list[str]:
     from hasten.measure import view
 
+    names = list(names)
+    if len(names) > 1:
+        return []
     claims = [claim for name in names for claim in registry.get(name).card.claims]
     return [view.claim_words(claim) for claim in claims if view.is_speed_claim(claim)][:1]
 
@@ -298,16 +303,17 @@ def _conditions(entries: Iterable[Any]) -> str:
     )
 
 
-def fill(file: Path, table: str) -> bool:
-    """Put a table into the results block of a Markdown file; says whether the file changed."""
+def fill(file: Path, table: str, subject: str) -> bool:
+    """Put a table into a model's block of a Markdown file; says whether the file changed."""
     text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = block(subject)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
         raise HastenError(
-            f"{file} has no results block; put {BEGIN} and {END} where the table belongs"
+            f"{file} has no block of results of {subject}; put {first} and {last} where the table belongs"
         )
-    new = f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
+    new = f"{before}{first}\n\n{table.strip()}\n\n{last}{after}"
     if new != text:
         atomic_write(file, new)
     return new != text
@@ -330,16 +336,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.what == "results":
             file = given.where or Path("README.md")
-            print(f"{file}: {'changed' if fill(file, results(given.subject)) else 'up to date'}")
+            changed = fill(file, results(given.subject), given.subject)
+            print(f"{file}: {'changed' if changed else 'up to date'}")
             return 0
         folder = given.where or FOLDER
-        changed = stale(folder) if given.check else write(folder)
+        names = stale(folder) if given.check else write(folder)
     except HastenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in changed:
+    for name in names:
         print(f"{folder / name}: {'out of date' if given.check else 'written'}")
-    return 1 if given.check and changed else 0
+    return 1 if given.check and names else 0
 
 
 if __name__ == "__main__":

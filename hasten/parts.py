@@ -16,6 +16,7 @@ from torch import nn
 import hasten.zoo.catalogue as zoo
 from hasten.errors import HastenError, PlanError
 from hasten.home import atomic_write, home
+from hasten.plan import Plan
 from hasten.technique import Parts, Technique
 
 if TYPE_CHECKING:
@@ -113,9 +114,11 @@ def parts_for(technique: Technique, subject: Subject, given: Mapping[str, Parts]
         return {}
     found = find(technique, subject.hash)
     if found is None:
+        written = str(Plan.parse(technique))
+        option = written if written == technique.name else f'"{written}"'
         raise PlanError(
-            f"{technique.name} has no trained part for {subject.name}; train one with "
-            f"`hasten prepare {subject.name} --with {technique.name}` or hasten.prepare(...)."
+            f"{written} has no trained part for {subject.name}; train one with "
+            f"`hasten prepare {subject.name} --with {option}` or hasten.prepare(...)."
         )
     return found
 

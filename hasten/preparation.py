@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.errors import HastenError
 from hasten.plan import Plan
 from hasten.subject import Subject
-from hasten.technique import Parts
+from hasten.technique import Parts, Technique
 
 Tick = Callable[[int, int, str], None]
 """Called with (done, total, message) so that a progress bar can move."""
@@ -88,10 +88,23 @@ class Preparation:
             )
 
 
+def names_steps(technique: Technique) -> bool:
+    """Whether a technique's parts hold for one number of sampler steps, which its knob `steps` says."""
+    return technique.trained and "steps" in technique.part_knobs
+
+
 def prepare(plan: Plan, preparation: Preparation) -> dict[str, Parts]:
     """Train what the plan's techniques need, whatever the engine; the weights stay as they are.
 
     Returns:
         The parts of each technique that needs some, by its name.
     """
-    return {t.name: t.prepare(preparation) for t in plan if t.trained}
+    return {t.name: t.prepare(_suited(preparation, t)) for t in plan if t.trained}
+
+
+def _suited(preparation: Preparation, technique: Technique) -> Preparation:
+    """What a technique gets that says itself how many steps are made."""
+    if not names_steps(technique):
+        return preparation
+    arguments = {k: v for k, v in preparation.arguments.items() if k != "num_inference_steps"}
+    return replace(preparation, arguments=arguments)

@@ -59,7 +59,10 @@ def test_it_makes_a_model_that_the_masked_engine_opens(
     assert card.training["steps"] == STEPS and card.training["echo"]["steps"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["dlm"]  # nothing of the run is left
     assert card.recipe["plan"] == "repr_align" and card.recipe["base"] == "code-lm-tiny"
-    assert {"loss", "masked_loss"} <= card.quality.keys()
+    assert {"loss", "masked_loss", "nll_at_1", "nll_at_8"} <= card.quality.keys()
+    # Nothing is likelier to the base than what it writes itself.
+    others = [card.quality[f"nll_at_{count}"] for count in (1, 2, 4, 8)]
+    assert 0 < card.quality["nll_of_base"] < min(others)
     assert json.loads((tmp_path / "dlm" / "card.json").read_text())["sha256"] == card.sha256
     fast = hasten.apply(str(tmp_path / "dlm"), "freedave")
     assert isinstance(fast, MaskedModel)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.benchmark.denoise import arguments_of
+from hasten.benchmark.calls import arguments_of
 from hasten.benchmark.driver import BenchResult
 from hasten.errors import HastenError
+from hasten.measure.curves import series_of
 from hasten.measure.pictures import Samples
+from hasten.measure.plots import INK
 from tests import pipelines
 
 STEPS = 12
@@ -27,7 +29,7 @@ def result() -> BenchResult:
         steps=STEPS,
         pictures=3,
         rounds=5,
-        beside=["fewer_steps", "easy_cache(threshold=0)"],
+        beside=["fewer_steps", "easy_cache(threshold=0)", "fewer_steps(share=0.25)"],
         record=False,
     )
 
@@ -61,12 +63,29 @@ def test_what_does_nothing_is_called_inactive(result: BenchResult) -> None:
 
 def test_the_report_shows_pictures_side_by_side(result: BenchResult, tmp_path: Path) -> None:
     assert result.samples is not None
-    assert [pictures.shape[0] for pictures in result.samples.of.values()] == [3] * 6
+    assert [pictures.shape[0] for pictures in result.samples.of.values()] == [3] * 7
     page = result.save_report(tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 18
-    assert "pictures/s" in page and "psnr" in page
+    assert page.count("data:image/png;base64") == 21
+    assert page.count('class="who"') == 8 and page.count('class="caption"') == 3
+    assert "pictures/s" in page and "psnr" in page and "Tokens" not in page
+    for row in [
+        *result.data["rows"],
+        *result.data["beside"],
+    ]:  # under each name: how fast, how like
+        assert f"{row['ratio']['median']:.2f}x, " in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     result.show()
+
+
+def test_the_report_joins_a_technique_at_several_knobs(result: BenchResult, tmp_path: Path) -> None:
+    """Speed against fidelity: the baseline of fewer steps is one dashed line."""
+    series = {one.name: one for one in series_of(result.data)}
+    steps = series["fewer_steps"]
+    assert steps.is_baseline and len(steps.points) == 2 and steps.colour == INK
+    assert {steps.label(point) for point in steps.points} == {"0.5", "0.25"}
+    assert not series["easy_cache"].is_baseline
+    page = result.save_report(tmp_path / "report.html").read_text()
+    assert "stroke-dasharray" in page and ">baseline, by share<" in page
 
 
 def test_clips_are_shown_as_frames() -> None:

@@ -266,7 +266,8 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     Ledger().record_all([old, new, stale])
     file = tmp_path / "README.md"
-    file.write_text(f"before\n\n{docs.BEGIN}\nold\n{docs.END}\n\nafter\n")
+    first, last = docs.block("a-model")
+    file.write_text(f"before\n\n{first}\nold\n{last}\n\nafter\n")
     assert docs.main(["results", str(file), "--subject", "a-model"]) == 0
     text = file.read_text()
     assert "| `medusa` | 1.50x (1.40–1.60) | 2.50x | exact, proved |" in text
@@ -276,7 +277,9 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     assert file.read_text() == text
 
 
-def test_readme_has_its_results_block() -> None:
+@pytest.mark.parametrize("subject", ["code-lm", "code-dlm", "scenes-dit"])
+def test_readme_has_blocks_of_results(subject: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(docs.BEGIN) == text.count(docs.END) == 1
-    assert text.index(docs.BEGIN) < text.index(docs.END)
+    first, last = docs.block(subject)
+    assert text.count(first) == text.count(last) == 1
+    assert text.index(first) < text.index(last)

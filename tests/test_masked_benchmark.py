@@ -69,3 +69,16 @@ def test_it_is_in_the_ledger(result: dict[str, Any]) -> None:
 def test_techniques_of_another_engine_are_refused(checkpoint: str) -> None:
     with pytest.raises(HastenError, match="runs on the masked one"):
         hasten.bench(checkpoint, "medusa", **OPTIONS)
+
+
+def test_a_block_length_is_kept_to_and_checked() -> None:
+    model = "code-dlm"
+    for wrong, words in ((5, "does not divide"), (0, "whole number")):
+        with pytest.raises(HastenError, match=words):
+            hasten.bench(model, max_new_tokens=8, block_length=wrong, record=False)
+    with pytest.raises(HastenError, match="fill masks"):
+        hasten.bench("code-lm-tiny", block_length=4, record=False)
+    found = hasten.bench(
+        model, "freedave", max_new_tokens=8, block_length=1, rounds=5, quality=False, record=False
+    ).to_dict()
+    assert found["workload"]["block_length"] == 1 and found["rows"][0]["proof"]["passed"]

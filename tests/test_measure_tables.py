@@ -45,6 +45,29 @@ def test_figures_are_whole_at_any_width(result: dict[str, Any], width: int) -> N
         assert label in words
 
 
+def test_figures_of_pictures_are_whole_in_80_columns() -> None:
+    """Their rates and qualities are wider than those of texts."""
+    rate = {"images_per_second": {"median": 0.924, "iqr": [0.91, 0.957]}, "peak_bytes": 502e6}
+    row = {
+        "plan": "reuse_always(interval=3)",
+        "ratio": {"median": 12.6, "low": 12.43, "high": 12.65},
+        "ceiling": 37.79,
+        "ceiling_detail": {"label": "measured"},
+        "loss_class": "lossy",
+        "quality": {"psnr": {"value": 79.3, "interval": [56.0, 100.0], "unit": "dB"}},
+    }
+    words = shown(bench_table({"baseline": rate, "rows": [row | rate]}), 80)
+    assert all(len(line) <= 80 for line in words.splitlines())
+    for figure in (
+        "479 MiB",
+        f"0.910{DASH}0.957",
+        f"12.43{DASH}12.65",
+        "79.3 dB",
+        f"56.0{DASH}100.0",
+    ):
+        assert figure in words
+
+
 def test_measured_and_modelled_ceilings_never_share_a_column(result: dict[str, Any]) -> None:
     headings = [str(column.header) for column in bench_table(result).columns]
     ceilings = [heading for heading in headings if heading.startswith("ceiling")]

@@ -316,28 +316,20 @@ def test_the_catalogue_knows_pipelines(
 
 # The models that ship.
 
-SHIPPED = ("scenes-dit", "scenes-unet", "scenes-video")
+SHIPPED = ("scenes-dit", "scenes-unet")
 PARTS = ("scenes-judge", "scenes-vae", "scenes-video-vae")
 
 
-def need(name: str) -> None:
-    """Skip where a model is a recipe only: nobody has trained it for shipping yet."""
-    if not (catalogue.SHIPPED / name).is_dir():
-        pytest.skip(f"{name} does not ship")
-
-
 def test_shipped_models_are_small() -> None:
-    found = [name for name in SHIPPED if (catalogue.SHIPPED / name).is_dir()]
-    files = [file for name in found for file in catalogue.path(name).rglob("*") if file.is_file()]
+    files = [file for name in SHIPPED for file in catalogue.path(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 40_000_000
-    for name in found:
+    for name in SHIPPED:
         assert 2_000_000 < catalogue.card(name)["num_parameters"] < 8_000_000
         assert (catalogue.path(name) / recipes.GRID).stat().st_size < 150_000
 
 
 @pytest.mark.parametrize("name", (*SHIPPED, *PARTS))
 def test_shipped_cards_are_true(name: str) -> None:
-    need(name)
     folder = catalogue.part_path(name)
     assert folder.parent == catalogue.SHIPPED
     card = json.loads((folder / "card.json").read_text())
@@ -348,7 +340,6 @@ def test_shipped_cards_are_true(name: str) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_models_draw_what_they_are_told(name: str) -> None:
-    need(name)
     card = catalogue.card(name)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(catalogue.path(name))
     frames = card["sampling"].get("num_frames", 1)
@@ -373,10 +364,8 @@ def test_shipped_models_draw_what_they_are_told(name: str) -> None:
 
 @pytest.mark.zoo
 def test_shipped_autoencoders_are_faithful() -> None:
-    need("scenes-vae")
     vae = recipes.load_autoencoder(catalogue.part_path("scenes-vae"), video=False)
     found = autoencoder_quality(vae, rows=16)
     assert found["psnr_64"] > 31.5
-    need("scenes-video-vae")
     video = recipes.load_autoencoder(catalogue.part_path("scenes-video-vae"), video=True)
     assert video_autoencoder_quality(video, rows=4)["psnr"] > 30

@@ -26,6 +26,7 @@ from hasten.zoo.tokenizer import train_tokenizer
 
 SHIPPED = ("code-lm", "code-lm-small", "code-lm-tiny")
 CONVERTED = ("code-dlm",)
+PICTURES = ("scenes-dit", "scenes-unet")  # tested in test_scenes_models
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +309,7 @@ def test_catalogue_lists_shipped_and_own_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
-    assert catalogue.names() == sorted((*SHIPPED, *CONVERTED))
+    assert catalogue.names() == sorted((*SHIPPED, *CONVERTED, *PICTURES))
     own = catalogue.user_path("mine")
     own.mkdir(parents=True)
     assert not catalogue.is_zoo_name("mine")  # empty: no model yet

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hasten.measure.ceilings import Ceiling, TokenWork, amdahl, ceiling, modelled_shares
+from hasten.measure.ceilings import Ceiling, Term, TokenWork, amdahl, ceiling, modelled_shares
 from hasten.measure.limits import Limits
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Technique
+
+if TYPE_CHECKING:
+    from hasten.denoise.shares import Shares
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "bf16"}
 
@@ -91,3 +94,27 @@ def plan_ceiling(
         words.append(f"{technique.name}: {term.replace('_', ' ')}")
     detail = f"product of the single ceilings ({', '.join(words)})"
     return Ceiling(value, savers[0].card.saves, shares[savers[0].card.saves], "modelled", detail)  # type: ignore[arg-type,index]
+
+
+def pipeline_ceiling(plan: Plan, shares: Shares) -> Ceiling:
+    """The ceiling of a plan on a pipeline: what it saves, term by term, of measured shares."""
+    savers = [t for t in plan if t.card.saves not in ("", "none")]
+    if not savers:
+        return ceiling("none", 0.0, 1.0, label="measured", why="saves no time by itself")
+    terms: list[Term] = [technique.card.saves for technique in savers]  # type: ignore[misc]
+    tops = [
+        ceiling(term, shares.of(term), _most(technique, shares), label="measured")
+        for technique, term in zip(savers, terms, strict=True)
+    ]
+    if len(tops) == 1:
+        return tops[0]
+    value = math.prod(top.value for top in tops)
+    words = ", ".join(f"{t.name}: {term}" for t, term in zip(savers, terms, strict=True))
+    detail = f"product of the single ceilings ({words})"
+    return Ceiling(value, terms[0], tops[0].share, "measured", detail)
+
+
+def _most(technique: Technique, shares: Shares) -> float:
+    """How many times cheaper the term of a technique can get at its knobs; infinite if it may vanish."""
+    most = getattr(technique, "most", None)
+    return float(most(shares)) if callable(most) else math.inf

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from hasten.benchmark.judge import agreement_entry, estimate_entry, prove_lossy, shares_entry
+from hasten.benchmark.missing import check_parts, train_parts
 from hasten.benchmark.verdict import own_activity, verdict
 from hasten.benchmark.workload import Workload, crops, make_workload
 from hasten.causal.engine import CausalModel
 from hasten.errors import HastenError
-from hasten.masked.engine import MaskedModel
+from hasten.masked.engine import MaskedModel, block_for
 from hasten.measure.ceilings import Ceiling, ceiling, reached
 from hasten.measure.clock import Sample, Timings, interleave, stopwatch
-from hasten.measure.limits import Limits
+from hasten.measure.limits import Limits, limits
 from hasten.measure.machine import machine, versions
 from hasten.measure.memory import peak_memory
 from hasten.measure.parsing import parses
@@ -69,6 +70,7 @@ class MaskedJob:
     work: Workload
     seed: int
     tick: Tick
+    block_length: int | None = None
     contenders: dict[str, MaskedModel] = field(default_factory=dict)
     activity: dict[str, dict[str, int]] = field(default_factory=dict)
     judge: CausalModel | None = None
@@ -81,6 +83,7 @@ class MaskedJob:
         *,
         prompts: list[str] | None,
         max_new_tokens: int,
+        block_length: int | None,
         seed: int,
         tick: Tick,
     ) -> MaskedJob:
@@ -93,7 +96,7 @@ class MaskedJob:
             quality=False,
             prompt_tokens=PROMPT_TOKENS,
         )
-        job = cls(subject, work, seed, tick, judge=_origin(subject))
+        job = cls(subject, work, seed, tick, block_length, judge=_origin(subject))
         job.bind([Plan(()), *plans])
         return job
 
@@ -123,8 +126,13 @@ class MaskedJob:
         return watch.seconds
 
     def _write(self, model: MaskedModel, prompt: Tensor) -> Tensor:
+        """The new ids, (new,)."""
         out = model.generate(
-            prompt, max_new_tokens=self.work.max_new_tokens, do_sample=False, eos_token_id=-1
+            prompt,
+            max_new_tokens=self.work.max_new_tokens,
+            block_length=self.block_length,
+            do_sample=False,
+            eos_token_id=-1,
         )
         assert isinstance(out, Tensor)
         return out[0, prompt.shape[1] :]
@@ -176,11 +184,7 @@ class MaskedJob:
             found.timed = [self._write(model, prompt) for prompt in self.work.prompts]
         for text in texts:
             prompt = text[:, :PROMPT_TOKENS]
-            out = model.generate(
-                prompt, max_new_tokens=self.work.max_new_tokens, do_sample=False, eos_token_id=-1
-            )
-            assert isinstance(out, Tensor)
-            new = out[:, PROMPT_TOKENS:]
+            new = self._continued(model, prompt)[None]
             if self.judge is not None:
                 found.nll.append(_nll(self.judge, prompt, new))
             if tokenizer is not None:
@@ -190,6 +194,15 @@ class MaskedJob:
             if isinstance(model, MaskedModel):
                 found.right += self._infilled(model, text)
         return found
+
+    def _continued(self, model: MaskedModel | CausalModel, prompt: Tensor) -> Tensor:
+        if isinstance(model, MaskedModel):
+            return self._write(model, prompt)
+        out = model.generate(
+            prompt, max_new_tokens=self.work.max_new_tokens, do_sample=False, eos_token_id=-1
+        )
+        assert isinstance(out, Tensor)
+        return out[0, prompt.shape[1] :]
 
     def _infilled(self, model: MaskedModel, text: Tensor) -> list[bool]:
         """Fill a hole in the middle of a text (1, length), and compare with what stood there."""
@@ -350,22 +363,35 @@ def bench_masked(
     subject: Subject,
     stored: Subject | None,
     plans: list[Plan],
-    limits: Limits,
     *,
     prompts: list[str] | None,
     max_new_tokens: int,
+    block_length: int | None,
     rounds: int,
     quality: bool,
     seed: int,
+    train: bool,
     tick: Tick,
 ) -> dict[str, Any]:
     """Everything but command and pairs of a result; see `hasten.bench`.
 
     Args:
         stored: the subject in its checkpoint's own dtype, where that may be chosen.
+        block_length: as `MaskedModel.generate`.
+        train: train parts that are missing.
     """
+    if not train:
+        check_parts(subject, plans)
+    train_parts(subject, plans, seed=seed, tick=tick)
+    machine_limits = limits(on_tick=tick)
     job = MaskedJob.start(
-        subject, plans, prompts=prompts, max_new_tokens=max_new_tokens, seed=seed, tick=tick
+        subject,
+        plans,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        block_length=block_for(subject, max_new_tokens, block_length),
+        seed=seed,
+        tick=tick,
     )
     if stored is not None:
         job.choose_dtype(stored)
@@ -393,12 +419,13 @@ def bench_masked(
             "prompts": len(job.work.prompts),
             "prompt_tokens": [int(p.shape[1]) for p in job.work.prompts],
             "max_new_tokens": max_new_tokens,
+            "block_length": job.block_length,
             "source": job.work.source,
             "passages": len(texts),
             "retrievals": 0,
         },
-        "limits": limits.to_dict(),
-        "baseline": job.baseline(timings, texts, original, limits),
+        "limits": machine_limits.to_dict(),
+        "baseline": job.baseline(timings, texts, original, machine_limits),
         "rows": rows,
     }
 

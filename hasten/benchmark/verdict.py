@@ -38,7 +38,9 @@ def verdict(
         )
     ]
     if idle:
-        return "inactive", f"{', '.join(idle)} did nothing on this workload"
+        return "inactive", f"{', '.join(idle)} did nothing on this workload" + (
+            f": {ceiling.detail}" if ceiling.value <= 1 else ""
+        )
     if ratio.is_faster:
         return "faster", f"the whole interval lies above 1; {ceiling.detail}"
     return "no gain", _why(plan, ratio, activity, ceiling)

@@ -56,7 +56,8 @@ def list_techniques(
     else:
         print("No technique matches; `hasten list` shows all of them.")
     if pattern == "*" and family is None and engine is None:
-        print(f"Zoo models: {', '.join(zoo.names()) or 'none; `hasten train` makes them'}")
+        models = ", ".join(zoo.names()) or "none; `hasten train` makes them"
+        console().print(f"Zoo models: {models}", highlight=False, markup=False)
 
 
 @verb(

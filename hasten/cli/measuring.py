@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.cli.call_arguments import Arguments, read_arguments
 from hasten.cli.shared import (
     AsJson,
+    BlockLength,
     Dtype,
     DtypeName,
     Guidance,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     'hasten bench code-lm --with "d2o(budget=0.25)" --beside "random_eviction(budget=0.25)"',
     "hasten bench ./my-model --with prompt_lookup --prompts prompts.txt --json",
     "hasten bench scenes-dit --with zeus --with adaptive_guidance",
+    'hasten bench ./my-pipeline --with easy_cache --beside "easy_cache(threshold=0.1)" --argument height=512',
 )
 def bench(
     model: Model,
@@ -67,8 +70,10 @@ def bench(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
+    block_length: BlockLength = None,
     steps: Steps = 50,
     guidance: Guidance = None,
+    argument: Arguments = None,
     pictures: Annotated[
         int, typer.Option(metavar="N", help="Pictures of a pipeline to compare and judge.")
     ] = 32,
@@ -100,12 +105,20 @@ def bench(
     """
     from hasten.measure.clock import MIN_ROUNDS
 
-    at_least(1, max_new_tokens=max_new_tokens, threads=threads, steps=steps, pictures=pictures)
+    at_least(
+        1,
+        max_new_tokens=max_new_tokens,
+        block_length=block_length,
+        threads=threads,
+        steps=steps,
+        pictures=pictures,
+    )
     at_least(MIN_ROUNDS, rounds=rounds)
     check_seed(seed)
     if report is not None:
         need_extra("matplotlib", "report")
         check_output(report)
+    further = read_arguments(argument)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     with only_json(as_json):
         quiet_libraries(as_json, model)
@@ -120,9 +133,11 @@ def bench(
                 dtype=dtype.value,
                 prompts=texts or None,
                 max_new_tokens=max_new_tokens,
+                block_length=block_length,
                 steps=steps,
                 guidance=guidance,
                 pictures=pictures,
+                arguments=further,
                 rounds=rounds,
                 pairs=pairs,
                 beside=plan_texts(beside or []),

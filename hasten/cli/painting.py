@@ -1,4 +1,4 @@
-"""What `generate` does with a Diffusers pipeline: make a picture, or a clip, and write it."""
+"""What `generate` and `prepare` do with a Diffusers pipeline: make a picture, or train for its calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hasten.cli.shared import check_output, need_extra, note, print_json
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
+    from hasten.plan import Plan
     from hasten.subject import Subject
 
 FRAMES_PER_SECOND = 8
@@ -21,25 +22,34 @@ def paint(
     output: Path | None,
     as_json: bool,
     *,
+    runner: str,
     steps: int,
     guidance: float | None,
+    arguments: dict[str, Any],
     seed: int,
 ) -> None:
     """Make one picture of a prompt with a plan at work, and write it to a file, whole or not at all."""
     import torch
 
     import hasten
-    from hasten.benchmark.denoise import arguments_of, usual_arguments
+    from hasten.benchmark.calls import pictures_of
     from hasten.denoise.engine import DenoiseModel
+    from hasten.denoise.inputs import refusals
+    from hasten.denoise.step_counts import for_steps
+    from hasten.plan import Plan
 
     need_extra("PIL", "diffusion")
     if output is not None:
         _check(output)
-    arguments = usual_arguments(subject) | arguments_of(subject.pipe, prompt, steps, guidance)
+    sampler: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
+    (picture,) = pictures_of(subject, [prompt], 1, arguments=arguments, **sampler)
+    subject.pipe.set_progress_bar_config(leave=False, disable=True if as_json else None)
     generator = torch.Generator().manual_seed(seed)
-    with hasten.apply(subject, *plans) as fast:
+    parsed = for_steps(Plan.parse(*plans), steps)
+    with hasten.apply(subject, parsed, runner=runner) as fast, refusals(subject.pipe):
         assert isinstance(fast, DenoiseModel)
-        made = fast(**arguments, generator=generator, output_type="pil", return_dict=False)[0][0]
+        given = picture.arguments | {"generator": generator, "output_type": "pil"}
+        made = fast(**given, return_dict=False)[0][0]
         seconds, activity, plan = fast.seconds, fast.activity, str(fast.plan)
     frames = made if isinstance(made, list) else [made]
     target = output or Path(
@@ -60,6 +70,26 @@ def paint(
     else:
         counters = ", ".join(f"{name} {value:g}" for name, value in activity.items())
         note(f"{target}: {seconds:.2f} s ({counters})")
+
+
+def for_pipeline(
+    subject: Subject,
+    plan: Plan,
+    arguments: dict[str, Any],
+    steps: int | None,
+    guidance: float | None,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the arguments with which parts are trained, for a sampler of so many steps."""
+    from hasten.benchmark.calls import check_given, guided, usual_arguments
+    from hasten.denoise.inputs import COUNT, check_steps
+    from hasten.denoise.step_counts import for_steps
+
+    check_given(subject.pipe, arguments)
+    found = usual_arguments(subject) | arguments | guided(subject.pipe, guidance)
+    if steps is not None:
+        check_steps(subject.pipe, steps)
+        plan, found = for_steps(plan, steps), found | {COUNT: steps}
+    return plan, found
 
 
 def _write(frames: list[Any], target: Path) -> None:

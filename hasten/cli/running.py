@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.painting import paint
+from hasten.cli.call_arguments import Arguments, only_for_pipelines, read_arguments
+from hasten.cli.painting import for_pipeline, paint
 from hasten.cli.shared import (
     AsJson,
+    BlockLength,
     Dtype,
     DtypeName,
     Guidance,
@@ -81,12 +83,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop after this text. Repeatable.")
     ] = None,
-    block_length: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens of a block, for models that fill masks."),
-    ] = None,
+    block_length: BlockLength = None,
     steps: Steps = 50,
     guidance: Guidance = None,
+    argument: Arguments = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -115,11 +115,25 @@ def generate(
 
         import hasten
 
+        # For one call a compiler's start-up costs more than it gains, so auto is eager here.
+        name = RunnerName.EAGER if runner is RunnerName.AUTO else runner
+        further = read_arguments(argument)
         subject = hasten.open_subject(model, dtype=dtype.value)
         if subject.engine == "denoise":
-            chosen = plan_texts(plans)
-            paint(subject, chosen, text, output, as_json, steps=steps, guidance=guidance, seed=seed)
+            paint(
+                subject,
+                plan_texts(plans),
+                text,
+                output,
+                as_json,
+                runner=name.value,
+                steps=steps,
+                guidance=guidance,
+                arguments=further,
+                seed=seed,
+            )
             return
+        only_for_pipelines(subject.name, guidance=guidance, argument=argument)
         if output is not None:
             raise HastenError(f"--output is for pictures, and {subject.name} writes text.")
         tokenizer = _tokenizer_of(subject)
@@ -130,8 +144,6 @@ def generate(
                 f"--block-length is for models that fill masks; {subject.name} reads left to right."
             )
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        # For one call a compiler's start-up costs more than it gains, so auto is eager here.
-        name = RunnerName.EAGER if runner is RunnerName.AUTO else runner
         with hasten.apply(subject, *plan_texts(plans), runner=name.value) as fast:
             start = time.perf_counter()
             sequence = fast.generate(
@@ -193,6 +205,7 @@ def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
     "hasten prepare code-lm --with medusa",
     "hasten prepare ./my-model --with medusa --text notes.txt --text 'src/**/*.py'",
     "hasten prepare code-lm --with kv_prediction --steps 200 --seed 1 --json",
+    "hasten prepare ./my-pipeline --with harmonica --text prompts.txt --sampler-steps 20 --guidance 5",
 )
 def prepare(
     model: Model,
@@ -201,26 +214,36 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Text to learn from: a file or a wildcard. Repeatable. Default: Python's library.",
+            help="Text to learn from: a file or a wildcard. Each line is a prompt (or a class) where a "
+            "pipeline learns. Repeatable. Default: Python's library, or captions of the zoo.",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(metavar="N", help="Optimiser steps. Default: each technique's own."),
     ] = None,
+    sampler_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of a pipeline's sampler, for which the parts are. Default: the plan's.",
+        ),
+    ] = None,
+    guidance: Guidance = None,
+    argument: Arguments = None,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Train or calibrate what a plan needs for a model, and keep it where every verb finds it."""
-    at_least(1, steps=steps)
+    at_least(1, steps=steps, sampler_steps=sampler_steps)
     check_seed(seed)
+    further = read_arguments(argument)
     with only_json(as_json):
         from hasten.plan import Plan
 
         plan = Plan.parse(*plan_texts(plans))
-        trained = [technique for technique in plan if technique.trained]
-        if not trained:
+        if not any(technique.trained for technique in plan):
             raise HastenError(
                 f"{str(plan) or 'The plan'} has nothing to prepare; it runs as it is."
             )
@@ -231,13 +254,25 @@ def prepare(
         from hasten.parts import default_path
 
         subject = hasten.open_subject(model)
-        if subject.engine == "denoise":  # each line is a prompt
+        if subject.engine == "denoise":
             documents = [line for each in documents for line in each.splitlines() if line.strip()]
+            plan, further = for_pipeline(subject, plan, further, sampler_steps, guidance)
         else:
+            only_for_pipelines(
+                subject.name, sampler_steps=sampler_steps, guidance=guidance, argument=argument
+            )
             _tokenizer_of(subject)
             documents = documents or _documents(None)
         with progress(as_json) as tick:
-            made = hasten.prepare(subject, plan, texts=documents, steps=steps, seed=seed, tick=tick)
+            made = hasten.prepare(
+                subject,
+                plan,
+                texts=documents,
+                arguments=further,
+                steps=steps,
+                seed=seed,
+                tick=tick,
+            )
         rows = [
             {
                 "technique": technique.name,
@@ -245,10 +280,13 @@ def prepare(
                 "tensors": len(made[technique.name]),
                 "parameters": sum(tensor.numel() for tensor in made[technique.name].values()),
             }
-            for technique in trained
+            for technique in plan
+            if technique.trained
         ]
     if as_json:
-        print_json({"subject": subject.describe(), "plan": str(plan), "prepared": rows})
+        counted = {"prompts" if subject.engine == "denoise" else "documents": len(documents)}
+        described = {"subject": subject.describe(), "plan": str(plan), **counted}
+        print_json({**described, "prepared": rows})
         return
     for row in rows:
         print(f"{row['technique']}: {row['parameters']:,} trained values in {row['path']}")
@@ -257,7 +295,7 @@ def prepare(
 def _documents(patterns: Sequence[str] | None) -> list[str]:
     """Texts of files and wildcards; without any, what `bench` trains missing parts on."""
     if not patterns:
-        from hasten.benchmark.driver import PREPARE_BYTES
+        from hasten.benchmark.missing import PREPARE_BYTES
         from hasten.zoo.corpus import training_texts
 
         return training_texts(PREPARE_BYTES)

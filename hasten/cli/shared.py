@@ -100,6 +100,9 @@ Threads = Annotated[
     int | None, typer.Option(metavar="N", help="Processor threads. Default: as torch chooses.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="New tokens at most for each prompt.")]
+BlockLength = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens of a block, for models that fill masks.")
+]
 
 Steps = Annotated[
     int, typer.Option(metavar="N", help="Steps of the sampler, for Diffusers pipelines.")

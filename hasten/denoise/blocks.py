@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hasten.denoise.network import hooked
+from hasten.denoise.block.form import Form, form
+from hasten.denoise.network import hooked, unpack
 from hasten.denoise.slots import Block, State
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ LISTS = (
 
 @dataclass
 class BlockCall:
-    """One block's forward pass.
+    """One forward pass of a block, or of a layer of a U-Net (`layers`).
 
     Attributes:
         index: which block, counted through all lists.
@@ -64,7 +62,8 @@ class BlockCall:
     def hidden(self) -> Tensor:
         """(rows, tokens, hidden) the sample's tokens before the block.
 
-        Some blocks take the text's tokens in the same sequence (`run.layout.offset`).
+        Some blocks take the text's tokens in the same sequence (`run.layout.offset`). Layers of a
+        U-Net take (rows, channels, height, width).
         """
         return self._get(self._form.hidden)
 
@@ -83,16 +82,22 @@ class BlockCall:
 
     def parts(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """The sample's tokens and the text's in a block's output."""
-        if not isinstance(output, tuple):
-            return output, None
+        if self._form.text is None:
+            return unpack(output)[0], None
         first, second = output
         return (second, first) if self._form.text_first else (first, second)
 
     def output(self, hidden: Tensor, text: Tensor | None) -> Any:
         """An output as the block gives it."""
-        if self._form.text is None:
+        if self._form.text is not None:
+            return (text, hidden) if self._form.text_first else (hidden, text)
+        if "return_dict" not in self._form.names:
             return hidden
-        return (text, hidden) if self._form.text_first else (hidden, text)
+        if self.kwargs.get("return_dict") is False:
+            return (hidden,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=hidden)
 
     def _get(self, name: str) -> Any:
         return self.kwargs[name] if name in self.kwargs else self.args[self._form.names.index(name)]
@@ -143,46 +148,6 @@ class AttentionCall:
         return F.scaled_dot_product_attention(**self.arguments)
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a kind of block takes and gives back.
-
-    Attributes:
-        names: of its arguments.
-        text: the argument with the tokens that it changes beside the sample's; None without.
-        text_first: whether it gives the text's tokens back before the sample's.
-    """
-
-    names: tuple[str, ...]
-    text: str | None = None
-    text_first: bool = False
-
-    @property
-    def hidden(self) -> str:
-        """The argument with the sample's tokens: always the first."""
-        return self.names[0]
-
-
-@cache
-def form(kind: Any) -> Form:
-    """The form of a class of blocks, read off its last return statement.
-
-    Diffusers' own register of blocks lacks half of them, and is wrong on some.
-    """
-    names = tuple(inspect.signature(kind.forward).parameters)[1:]
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):  # made without a file
-        return Form(names)
-    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    value = max(returns, key=lambda node: node.lineno).value if returns else None
-    given = [ast.unparse(entry) for entry in value.elts] if isinstance(value, ast.Tuple) else []
-    others = [name for name in given if name in names[1:]]
-    if len(given) == 2 and names[0] in given and others:
-        return Form(names, others[0], text_first=given[0] == others[0])
-    return Form(names)
-
-
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a network, in the order in which they run; none for a U-Net."""
     lists = [getattr(module, name, None) for name in LISTS]
@@ -191,6 +156,33 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     if isinstance(between, nn.ModuleList):  # one after each of the others
         return [block for pair in zip(found, between, strict=True) for block in pair]
     return found
+
+
+def layers(module: nn.Module) -> list[nn.Module]:
+    """What a network's output may do without, in the order in which it runs.
+
+    These are transformer blocks; of a U-Net, which has none, the residual and attention layers of
+    its stages, but no layer that changes the size of the sample.
+    """
+    found = blocks(module)
+    if found:
+        return found
+    for name in ("down_blocks", "mid_block", "up_blocks"):
+        part = getattr(module, name, None)
+        for stage in part if isinstance(part, nn.ModuleList) else [part]:
+            pairs = zip_longest(_listed(stage, "resnets"), _listed(stage, "attentions"))
+            for residual, attention in pairs:
+                resizes = getattr(residual, "up", False) or getattr(residual, "down", False)
+                if hasattr(residual, "conv_shortcut") and not resizes:
+                    found.append(residual)
+                if attention is not None:
+                    found.append(attention)
+    return found
+
+
+def _listed(stage: Any, name: str) -> list[Any]:
+    found = getattr(stage, name, None)
+    return list(found) if isinstance(found, nn.ModuleList) else []
 
 
 def sublayers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,6 +205,7 @@ class Inside:
         self.run = run
         self.module = module
         self.blocks = blocks(module)
+        self.layers = layers(module)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -227,7 +220,7 @@ class Inside:
                 for index, layer in enumerate(self._attentions()):
                     stack.enter_context(hooked(layer, NAME + "_attention", self._attention(index)))
             if self._wraps_blocks():
-                for index, block in enumerate(self.blocks):
+                for index, block in enumerate(self.layers):
                     stack.enter_context(hooked(block, NAME, self._block(index)))
             yield
 
@@ -248,7 +241,7 @@ class Inside:
         )
 
     def _block(self, index: int) -> Callable[..., Any]:
-        run, count = self.run, len(self.blocks)
+        run, count = self.run, len(self.layers)
 
         def forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
             if run.looking:

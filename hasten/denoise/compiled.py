@@ -18,6 +18,7 @@ from hasten.plan import Plan
 NAME = "hasten_compiled"
 RUNNERS = ("eager", "compiled")
 MAX_GRAPHS = 64  # sizes and rows, over all pipelines of a process
+BACKEND: str | Callable[..., Any] = "inductor"  # of torch.compile; tests take a quicker one
 
 
 def check_runner(name: str, plan: Plan) -> None:
@@ -37,7 +38,8 @@ def compiled(pipe: Any) -> Iterator[None]:
     """Run the pipeline's networks through `torch.compile`, for a while.
 
     The first call of each size compiles, which takes seconds to a minute; all blocks of a kind
-    share one graph. Outputs differ from the eager ones in the last bits, because fused kernels
+    share one graph. A graph begins and ends at a block's edge, so what acts between blocks, or
+    outside of the network, goes with it; what acts on layers or attention does not. Outputs differ from the eager ones in the last bits, because fused kernels
     round differently.
     """
     with ExitStack() as stack:
@@ -49,13 +51,13 @@ def compiled(pipe: Any) -> Iterator[None]:
 
 def _forward(module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
     kind: Any = type(module)
-    return _graph(kind)(module, *args, **kwargs)
+    return _graph(kind, BACKEND)(module, *args, **kwargs)
 
 
 @cache
-def _graph(kind: Any) -> Callable[..., Any]:
+def _graph(kind: Any, backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a class of modules, compiled once for all of them."""
     # Every size and number of rows is a graph of its own; torch's usual 8 would be used up.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    graph: Callable[..., Any] = torch.compile(kind.forward, dynamic=False)
+    graph: Callable[..., Any] = torch.compile(kind.forward, dynamic=False, backend=backend)
     return graph

@@ -9,9 +9,9 @@ from typing import Any
 
 from hasten.applied import AppliedPlan
 from hasten.denoise.compiled import check_runner, compiled
+from hasten.denoise.inputs import COUNT, check_steps
 from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
-from hasten.errors import HastenError
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Parts
@@ -78,7 +78,8 @@ class DenoiseModel(AppliedPlan):
 
     def _execute(self, run: Run, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        _check_steps(kwargs)
+        if kwargs.get(COUNT) is not None:
+            check_steps(self.pipe, kwargs[COUNT])
         try:
             with (
                 compiled(self.pipe) if self.runner == "compiled" else nullcontext(),
@@ -90,9 +91,3 @@ class DenoiseModel(AppliedPlan):
             self.seconds = time.perf_counter() - start
             self.network_seconds = run.seconds
             self.activity = dict(run.activity)
-
-
-def _check_steps(arguments: dict[str, Any]) -> None:
-    steps = arguments.get("num_inference_steps")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise HastenError(f"num_inference_steps={steps!r}; it must be a whole number of 1 or more.")

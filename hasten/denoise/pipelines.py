@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def load(source: str, shown: str, *, dtype: torch.dtype | str = "auto", device: 
         raise SubjectError(
             f"{shown} is a Diffusers pipeline, and that library is not installed; {EXTRA}."
         ) from error
+    _follow_transformers()
     try:
         folder = Path(source)
         if not folder.is_dir():
@@ -64,7 +67,7 @@ def load(source: str, shown: str, *, dtype: torch.dtype | str = "auto", device: 
         for file in sorted(folder.glob("*/*.safetensors")):
             _check_weights(file)
         options = {
-            "torch_dtype": stored_dtype(folder) if isinstance(dtype, str) else dtype,
+            "dtype": stored_dtype(folder) if isinstance(dtype, str) else dtype,
             "use_safetensors": True,
             "local_files_only": True,
         }
@@ -82,6 +85,32 @@ def load(source: str, shown: str, *, dtype: torch.dtype | str = "auto", device: 
     if device is not None or torch.cuda.is_available():
         pipe = pipe.to(device or "cuda")
     return pipe
+
+
+def _follow_transformers() -> None:
+    """Keep Diffusers from bars and warnings where transformers was told to keep from them."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as told
+
+    if told.get_verbosity() >= told.ERROR:
+        logging.set_verbosity_error()
+    if not told.is_progress_bar_enabled():
+        logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """No progress bar of a pipeline's own, for a while."""
+    had = "_progress_bar_config" in vars(pipe)
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        if had:
+            pipe.set_progress_bar_config(**before)
+        else:
+            del pipe._progress_bar_config
 
 
 def _reason(error: Exception) -> str:

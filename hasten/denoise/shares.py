@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hasten.denoise.blocks import AttentionCall, BlockCall
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.run import Run, Slots
 from hasten.denoise.slots import Attention, Block, Guider
+from hasten.plan import Plan
 from hasten.technique import Card, Contract, Loss
 
 
@@ -80,6 +81,31 @@ class _Probe(Block, Attention, Guider):
         return torch.ones(1, dtype=torch.bool)
 
 
+def count_flops(work: Callable[[], Any]) -> float:
+    """Floating-point operations of matrix products, convolutions and attention, eagerly run.
+
+    A product of (m, k) and (k, n) counts 2 * m * k * n.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Of the shapes (batch, heads, length, head_dim) that the counter hands over."""
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+# The counter of torch knows the fused attention of GPUs only, and would count nothing for this one.
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def _plain(model: DenoiseModel) -> DenoiseModel:
+    """The same pipeline without a plan, run eagerly: a counter sees nothing inside a compiled graph."""
+    return DenoiseModel(model.subject, Plan(()), exclusive=False)
+
+
 def measure_shares(model: DenoiseModel, call: Callable[[DenoiseModel], Any]) -> Shares:
     """Measure one call of a pipeline with an empty plan.
 
@@ -95,14 +121,12 @@ def measure_shares(model: DenoiseModel, call: Callable[[DenoiseModel], Any]) -> 
     call(watched)
     # Clocks cost time themselves, so the shares are of the network as it ran with them.
     inside = watched.network_seconds
-    with FlopCounterMode(display=False) as counter:
-        call(model)
     return Shares(
         calls=network,
         guidance=network / 2 if watch.guided else 0.0,
         blocks=network * watch.blocks / inside,
         attention=network * watch.attention / inside,
-        flops=float(counter.get_total_flops()),
+        flops=count_flops(lambda: call(_plain(model))),
         num_calls=num_calls,
     )
 

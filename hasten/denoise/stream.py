@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hasten.denoise.coding import Coder
 from hasten.denoise.network import Call, networks
+from hasten.denoise.pipelines import quiet
 from hasten.denoise.state.sizes import size_of
 from hasten.denoise.state.stages import Rows
 from hasten.denoise.state.stream_diffusion import OWN, StreamDiffusion
@@ -228,7 +229,7 @@ def _outputs(model: DenoiseModel, session: Session, arguments: dict[str, Any]) -
         session.outputs.put(None if isinstance(ended, _EndedError) else ended)
 
     thread = threading.Thread(target=work, name="hasten-stream", daemon=True)
-    with _quiet(model.pipe):
+    with quiet(model.pipe):
         thread.start()
         try:
             while True:
@@ -243,17 +244,3 @@ def _outputs(model: DenoiseModel, session: Session, arguments: dict[str, Any]) -
             session.stopping = True
             session.asked.release()
             thread.join()
-
-
-class _quiet:  # noqa: N801 - reads as a statement
-    """No progress bar: a stream has no end that it could speak of."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-
-    def __enter__(self) -> None:
-        self.had = dict(getattr(self.pipe, "_progress_bar_config", {}))
-        self.pipe.set_progress_bar_config(**{**self.had, "disable": True})
-
-    def __exit__(self, *exc: object) -> None:
-        self.pipe.set_progress_bar_config(**self.had)

@@ -159,7 +159,7 @@ class MaskedModel(AppliedPlan):
             raise HastenError(f"stop_strings is not supported here. {FROM_LEFT_TO_RIGHT}")
         new = settings.max_new_tokens
         check_length(self.subject, prompt.shape[1], new)
-        length = _block_for(new, block_length, self.form.block_length or DEFAULT_BLOCK)
+        length = block_for(self.subject, new, block_length)
         masks = prompt.new_full((prompt.shape[0], new), self.form.mask_id)
         tokens = torch.cat((prompt, masks), dim=1)
         given = torch.cat((torch.ones_like(prompt), torch.zeros_like(masks)), dim=1).bool()
@@ -241,9 +241,14 @@ def _masks(ids: Tensor, mask: Tensor | None, form: MaskedForm) -> Tensor:
     return (ids == form.mask_id) & (torch.ones_like(ids) if mask is None else mask).bool()
 
 
-def _block_for(new: int, wanted: int | None, usual: int) -> int:
-    """The block length for so many new tokens; where none is wanted, the usual or what divides."""
+def block_for(subject: Subject, new: int, wanted: int | None) -> int:
+    """The block length for so many new tokens; where none is wanted, the usual or what divides.
+
+    Raises:
+        HastenError: where it does not divide them.
+    """
     if wanted is None:
+        usual = (subject.form and subject.form.block_length) or DEFAULT_BLOCK
         return max(length for length in range(1, min(usual, new) + 1) if new % length == 0)
     if new % _checked_block(wanted):
         near = [length for length in range(1, new + 1) if new % length == 0]

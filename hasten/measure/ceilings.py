@@ -40,6 +40,8 @@ _WORDS: dict[Term, str] = {
     "none": "nothing",
 }
 
+_PLURAL: tuple[Term, ...] = ("passes", "calls", "blocks")
+
 
 @dataclass(frozen=True)
 class TokenWork:
@@ -242,9 +244,10 @@ def reached(ratio: float, ceiling: float | Ceiling | None) -> float | None:
 def _sentence(term: Term, share: float, factor: float, value: float, why: str) -> str:
     if term == "none":
         return why or "saves no time here"
+    be = "are" if term in _PLURAL else "is"
+    if share == 0.0:
+        return f"{_WORDS[term]} {be} none of the time, so there is nothing to gain"
     cheaper = "free" if math.isinf(factor) else f"{factor:.2f}x cheaper"
     most = "without bound" if math.isinf(value) else f"{value:.2f}x"
-    text = f"{_WORDS[term]} is {share:.0%} of the time and gets {cheaper} at best: {most}"
-    if term == "passes":
-        text = text.replace(" is ", " are ", 1).replace(" gets ", " get ", 1)
+    text = f"{_WORDS[term]} {be} {share:.0%} of the time, and {cheaper} at best: {most}"
     return f"{text} ({why})" if why else text

@@ -30,18 +30,26 @@ class Samples:
     captions: Sequence[str]
     of: Mapping[str, Array]
 
-    def html(self) -> str:
-        """A strip of pictures for each plan; captions stand under the first."""
-        strips = []
-        for place, (name, pictures) in enumerate(self.of.items()):
-            figures = "".join(
-                f"<figure>{image(picture, words)}"
-                + ("" if place else f"<figcaption>{escape(words)}</figcaption>")
-                + "</figure>"
+    def html(self, notes: Mapping[str, str] | None = None) -> str:
+        """A grid: a row for each plan, a column for each caption.
+
+        Args:
+            notes: what stands under a plan's name, such as its speed and its quality.
+        """
+        cells = ['<div class="who"></div>']
+        cells += [f'<div class="caption">{escape(words)}</div>' for words in self.captions]
+        for name, pictures in self.of.items():
+            note = (notes or {}).get(name, "")
+            said = f"<span>{escape(note)}</span>" if note else ""
+            # A long plan is broken where it may be, and not in the middle of a word.
+            shown = escape(name).replace("(", "(<wbr>").replace("=", "=<wbr>")
+            cells.append(f'<div class="who"><b>{shown}</b>{said}</div>')
+            cells += [
+                image(picture, f"{name}: {words}")
                 for picture, words in zip(pictures, self.captions, strict=True)
-            )
-            strips.append(f'<h3>{escape(name)}</h3><div class="strip">{figures}</div>')
-        return "".join(strips)
+            ]
+        columns = len(self.captions)
+        return f'<div class="samples" style="--columns: {columns}">{"".join(cells)}</div>'
 
 
 def image(picture: Array, words: str) -> str:

@@ -32,6 +32,9 @@ GOOD, WARN, BAD, ODD, ACCENT, PAPER = (
     "#010109",
     "#01010a",
 )
+SERIES = tuple(f"#0102{number:02x}" for number in range(1, 8))
+"""Colours of techniques that are told apart by their colour."""
+
 _VARIABLES = {
     INK: "ink",
     MUTED: "muted",
@@ -43,6 +46,7 @@ _VARIABLES = {
     ODD: "odd",
     ACCENT: "accent",
     PAPER: "paper",
+    **{colour: f"series-{number}" for number, colour in enumerate(SERIES, start=1)},
 }
 VERDICT_COLOURS = {"faster": GOOD, "no gain": WARN, "inactive": ODD, "broken": BAD}
 KIND_COLOURS = {"additive": GOOD, "sub-additive": WARN, "broken": BAD, "refused": MUTED}
@@ -79,35 +83,30 @@ Draw = Callable[[Any, float], "Figure | None"]
 
 def ratio_plot(result: Mapping[str, Any]) -> str:
     """Speed ratios with their intervals (measured) beside the ceilings."""
-    return _both(_draw_ratios, result, "ratios", "Speed ratio of each plan beside its ceiling")
+    return both(_draw_ratios, result, "ratios", "Speed ratio of each plan beside its ceiling")
 
 
 def throughput_plot(result: Mapping[str, Any]) -> str:
     """Tokens per second (measured) beside the machine's limit for plain decoding (modelled)."""
-    return _both(_draw_throughput, result, "speed", "Output per second beside the limit")
-
-
-def quality_plot(result: Mapping[str, Any]) -> str:
-    """Quality kept against speed, one point per plan, with intervals both ways."""
-    return _both(_draw_quality, result, "quality", "Quality kept against speed ratio")
+    return both(_draw_throughput, result, "speed", "Output per second beside the limit")
 
 
 def memory_plot(result: Mapping[str, Any]) -> str:
     """Peak memory of baseline and plans."""
-    return _both(_draw_memory, result, "memory", "Peak memory")
+    return both(_draw_memory, result, "memory", "Peak memory")
 
 
 def cache_plot(result: Mapping[str, Any]) -> str:
     """Bytes of KV cache held by the plans."""
-    return _both(_draw_cache, result, "cache", "Bytes of KV cache")
+    return both(_draw_cache, result, "cache", "Bytes of KV cache")
 
 
 def pairs_plot(result: Mapping[str, Any]) -> str:
     """The pair matrix: speed ratio of both together, coloured by how they combine."""
-    return _both(_draw_pairs, result, "pairs", "Speed ratios of techniques in pairs")
+    return both(_draw_pairs, result, "pairs", "Speed ratios of techniques in pairs")
 
 
-def _both(draw: Draw, result: Mapping[str, Any], name: str, title: str) -> str:
+def both(draw: Draw, result: Mapping[str, Any], name: str, title: str) -> str:
     """The same plot for wide and narrow screens, wrapped for the page."""
     try:
         import matplotlib
@@ -146,7 +145,7 @@ def _inline(figure: Figure, prefix: str, title: str) -> str:
     return opening.replace("<svg", head, 1) + ">" + rest
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -162,7 +161,7 @@ def _bar_axes(
     names stand above their rows, where the whole width is theirs.
     """
     narrow = width < 5
-    labels = [_wrapped(name, 46 if narrow else 32) for name in names]
+    labels = [wrapped(name, 46 if narrow else 32) for name in names]
     places, y = [], 0.0
     for label in labels:
         lines = label.count("\n") + 1
@@ -170,7 +169,7 @@ def _bar_axes(
         places.append(y + tall - 0.17 if narrow else y + tall / 2)
         y += tall
     top, bottom = 0.06, 0.6
-    figure, axes = _figure(width, y + top + bottom)
+    figure, axes = new_figure(width, y + top + bottom)
     left = 0.05 if narrow else 2.5
     figure.subplots_adjust(
         left=left / width,
@@ -254,7 +253,7 @@ def _draw_ratios(result: Any, width: float) -> Figure | None:
         )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     label = "speed ratio to the baseline, measured; higher is faster"
-    axes.set_xlabel(_wrapped(label, 40 if width < 5 else 100))
+    axes.set_xlabel(wrapped(label, 40 if width < 5 else 100))
     return figure
 
 
@@ -347,99 +346,8 @@ def _bars(
         label += f"; dashed: limit {words(limit)}, modelled"
     elif limit is not None:
         label += f"; limit {words(limit)}, modelled, beyond the edge"
-    axes.set_xlabel(_wrapped(label, 40 if width < 5 else 100))
+    axes.set_xlabel(wrapped(label, 40 if width < 5 else 100))
     return figure
-
-
-def _draw_quality(result: Any, width: float) -> Figure | None:
-    points = []
-    for row in view.rows(result):
-        quality, ratio = view.main_quality(row), number(row, "ratio", "median")
-        if quality is not None and ratio:
-            points.append((row, ratio, quality))
-    units = {quality.unit for _, _, quality in points if quality.recovery is None}
-    if not points or len(units) > 1 or (units and any(q.recovery for _, _, q in points)):
-        return None  # nothing, or nothing that could share an axis
-    unit = units.pop() if units else ""
-    narrow = width < 5
-    height = max(3.4, 0.42 * len(points) + 1.2)
-    figure, axes = _figure(width, height)
-    # Names stand in a column of their own and are tied to their points, so they never overlap.
-    figure.subplots_adjust(
-        left=(0.62 if narrow else 0.75) / width,
-        right=1 - (1.5 if narrow else 3.0) / width,
-        top=1 - 0.15 / height,
-        bottom=0.62 / height,
-    )
-    axes.spines["left"].set_visible(True)
-    axes.grid(axis="both")
-    if not unit:
-        axes.axhline(1.0, color=INK, linewidth=1.0)
-    axes.axvline(1.0, color=INK, linewidth=1.0)
-    for row, ratio, quality in points:
-        colour = VERDICT_COLOURS.get(text(row, "verdict"), ACCENT)
-        low, high = number(row, "ratio", "low"), number(row, "ratio", "high")
-        kept = quality.figure
-        if low is not None and high is not None:
-            axes.plot([low, high], [kept, kept], color=colour, linewidth=1.6, alpha=0.6)
-        if quality.low is not None and quality.high is not None:
-            axes.plot(
-                [ratio, ratio], [quality.low, quality.high], color=colour, linewidth=1.6, alpha=0.6
-            )
-        axes.plot([ratio], [kept], "o", color=colour, markersize=7, markeredgecolor=PAPER)
-    axes.margins(x=0.08, y=0.1)
-    bottom, top = axes.get_ylim()
-    order = sorted(points, key=lambda point: -point[2].figure)
-    step = (top - bottom) / max(len(order), 6)
-    wanted = [point[2].figure for point in order]
-    for (row, ratio, quality), y in zip(order, _apart(wanted, step, bottom, top), strict=True):
-        colour = VERDICT_COLOURS.get(text(row, "verdict"), ACCENT)
-        axes.annotate(
-            _wrapped(view.plan_name(row), 19 if narrow else 36, most=2),
-            xy=(ratio, quality.figure),
-            xycoords="data",
-            xytext=(1.03, y),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            ha="left",
-            fontsize=8 if narrow else 9,
-            color=INK,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "alpha": 0.6,
-                "shrinkB": 5,
-                "shrinkA": 2,
-            },
-        )
-    metrics = sorted({quality.name for _, _, quality in points})
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    if not unit:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.tick_params(axis="y", labelcolor=MUTED, length=0)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("speed ratio, measured")
-    kept_words = f"in {unit}" if unit else "kept"
-    axes.set_ylabel(
-        f"quality {kept_words}" if narrow else f"{' or '.join(metrics)} {kept_words}, measured"
-    )
-    return figure
-
-
-def _apart(wanted: Sequence[float], step: float, bottom: float, top: float) -> list[float]:
-    """Places near the wanted ones (which fall), at least a step apart and inside the axes."""
-    places: list[float] = []
-    for value in wanted:
-        value = min(value, top - step / 2)
-        places.append(min(value, places[-1] - step) if places else value)
-    lift = bottom + step / 2
-    for i in range(len(places) - 1, -1, -1):
-        if places[i] >= lift:
-            break
-        places[i] = lift
-        lift += step
-    return places
 
 
 def _draw_pairs(result: Any, width: float) -> Figure | None:
@@ -459,7 +367,7 @@ def _draw_pairs(result: Any, width: float) -> Figure | None:
     cell = min((width - (1.0 if narrow else 2.6)) / len(names), 1.25)
     left = 1.0 if narrow else 2.3
     height = min(cell, 0.75) * len(names) + 0.75
-    figure, axes = _figure(width, height)
+    figure, axes = new_figure(width, height)
     figure.subplots_adjust(
         left=left / width,
         right=(left + cell * len(names)) / width,
@@ -483,8 +391,8 @@ def _draw_pairs(result: Any, width: float) -> Figure | None:
         colour = KIND_COLOURS.get(kind, MUTED)
         first, second = sorted((names.index(text(pair, "a")), names.index(text(pair, "b"))))
         fill(first, second, number(pair, "ratio_ab"), kind, colour, 0.28)
-    axes.set_xticks(range(len(names)), [_wrapped(n, 10 if narrow else 14, most=2) for n in names])
-    axes.set_yticks(range(len(names)), [_wrapped(n, 12 if narrow else 28, most=2) for n in names])
+    axes.set_xticks(range(len(names)), [wrapped(n, 10 if narrow else 14, most=2) for n in names])
+    axes.set_yticks(range(len(names)), [wrapped(n, 12 if narrow else 28, most=2) for n in names])
     axes.tick_params(length=0, labelcolor=INK, labelsize=8 if narrow else 9)
     return figure
 
@@ -503,7 +411,7 @@ def _cell(x: int, y: int, colour: str, alpha: float) -> Any:
     )
 
 
-def _wrapped(name: str, columns: int, most: int = 3) -> str:
+def wrapped(name: str, columns: int, most: int = 3) -> str:
     """A name in at most so many lines, cut with an ellipsis."""
     lines = textwrap.wrap(name, columns, break_long_words=True) or [""]
     if len(lines) > most:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.home import atomic_write
-from hasten.measure import plots, view
+from hasten.measure import curves, plots, view
 from hasten.measure.limits import MATRIX_TYPES
 from hasten.measure.pictures import Samples
 from hasten.measure.style import CSS
@@ -38,7 +38,7 @@ def report_html(result: Mapping[str, Any], samples: Samples | None = None) -> st
     parts: Sequence[Part] = (
         _hero,
         _results,
-        lambda _: _pictures(samples),
+        lambda _: _pictures(result, samples),
         _ratios,
         _speed,
         _quality_and_memory,
@@ -73,11 +73,19 @@ machine may differ by more.</footer>
 """
 
 
-def _pictures(samples: Samples | None) -> str:
+def _pictures(result: Mapping[str, Any], samples: Samples | None) -> str:
     if samples is None:
         return ""
-    note = f"Each plan from the same noise; the first row is the model as it is, {MEASURED}."
-    return _section("Pictures", note, samples.html())
+    notes = {}
+    for row in view.rows(result):
+        quality = view.main_quality(row)
+        words = [view.times(number(row, "ratio", "median")), quality.words if quality else ""]
+        notes[view.plan_name(row)] = ", ".join(word for word in words if word not in ("", DASH))
+    note = (
+        "What each plan makes of the same noise; the first row is the model as it is. Beside it the "
+        f"speed ratio and the likeness to that row over all compared pictures, {MEASURED}."
+    )
+    return _section("Pictures", note, samples.html(notes))
 
 
 # ---- the top of the page
@@ -396,23 +404,37 @@ def _ratios(result: Mapping[str, Any]) -> str:
 
 def _speed(result: Mapping[str, Any]) -> str:
     svg = plots.throughput_plot(result)
-    note = (
-        "Bars: median with quartiles. The limit is that of plain decoding, one token per pass with "
-        "the model's bytes at the measured bandwidth; plans that need fewer passes or bytes may "
-        "cross it."
-    )
-    return _section("Tokens per second beside the machine's limit", note, svg) if svg else ""
+    note = "Bars: median with quartiles. "
+    if view.rate_key(result) == "tokens_per_second":
+        note += (
+            "The limit is that of plain decoding, one token per pass with the model's bytes at the "
+            "measured bandwidth; plans that need fewer passes or bytes may cross it."
+        )
+    else:
+        note += (
+            "The limit is that of the plain sampler's operations at the measured rate of arithmetic; "
+            "plans that need fewer operations may cross it."
+        )
+    unit = view.RATES[view.rate_key(result)][0].capitalize()
+    return _section(f"{unit} beside the machine's limit", note, svg) if svg else ""
 
 
 def _quality_and_memory(result: Mapping[str, Any]) -> str:
     sections = ""
-    quality = plots.quality_plot(result)
+    quality = curves.quality_plot(result)
     if quality:
-        note = "Up is better, right is faster. Lines are intervals."
-        sections += _section("Quality against speed", note, quality + _verdict_legend())
-    memory = plots.memory_plot(result) + plots.cache_plot(result)
+        note = (
+            "Up is better, right is faster. A line joins plans of the same techniques at other knobs; "
+            "dashed ones are baselines, which a technique has to beat. Filled: faster beyond the noise. "
+            "Hollow: no gain, or nothing done. Cross: broken. Triangle: nearer to the original than the "
+            "axis reaches. Thin lines are intervals."
+        )
+        sections += _section("Quality against speed", note, quality)
+    cache = plots.cache_plot(result)
+    memory = plots.memory_plot(result) + cache
     if memory:
-        note = "Most that the process held at any moment, and the KV cache by itself."
+        note = "Most that the process held at any moment"
+        note += ", and the KV cache by itself." if cache else "."
         sections += _section("Memory", note, memory)
     return sections
 

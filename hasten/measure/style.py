@@ -5,7 +5,8 @@ CSS = """
   color-scheme: light dark;
   --page: #f6f7f9; --paper: #ffffff; --ink: #14181f; --muted: #606b7b; --line: #e3e7ed;
   --soft: #e9edf3; --accent: #2f5bea; --good: #0b7a4b; --warn: #a35b00; --bad: #c0272d;
-  --odd: #7a3fb5; --shadow: 0 1px 2px rgba(20, 24, 31, .05), 0 8px 24px rgba(20, 24, 31, .05);
+  --odd: #7a3fb5; --series-1: #2f5bea; --series-2: #c8501b; --series-3: #0b7f63; --series-4: #8a3fc0;
+  --series-5: #a97800; --series-6: #c22a72; --series-7: #0b7c9e; --shadow: 0 1px 2px rgba(20, 24, 31, .05), 0 8px 24px rgba(20, 24, 31, .05);
   --sans: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
     "Noto Sans", "DejaVu Sans", sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -14,7 +15,8 @@ CSS = """
   :root {
     --page: #0e1116; --paper: #161b22; --ink: #e9edf3; --muted: #98a3b3; --line: #29313c;
     --soft: #262e39; --accent: #86a5ff; --good: #4cc38a; --warn: #e0a458; --bad: #ff7b72;
-    --odd: #c297ff; --shadow: none;
+    --odd: #c297ff; --series-1: #86a5ff; --series-2: #ff9c66; --series-3: #4fd0a8; --series-4: #cf9bff;
+    --series-5: #e3b84a; --series-6: #ff86b9; --series-7: #5cc8e8; --shadow: none;
   }
 }
 * { box-sizing: border-box; }
@@ -111,10 +113,20 @@ footer { color: var(--muted); font-size: 13px; margin-top: 26px; max-width: 62em
   .n { white-space: normal; }
   .counters { justify-content: flex-end; }
 }
-.strip { display: flex; gap: 10px; overflow-x: auto; padding-bottom: 6px; }
-.strip figure { margin: 0; flex: 0 0 auto; }
-.strip img { display: block; border-radius: 6px; image-rendering: pixelated; }
-.strip figcaption { color: var(--muted); font-size: 12px; max-width: 128px; padding-top: 4px; }
+.samples { display: grid; grid-template-columns: 178px repeat(var(--columns), max-content);
+  gap: 8px 8px; overflow-x: auto; padding-bottom: 6px; align-items: center; }
+.samples .who { position: sticky; left: 0; background: var(--paper); padding-right: 10px;
+  align-self: stretch; display: flex; flex-direction: column; justify-content: center; }
+.samples .who b { font-size: 13px; overflow-wrap: anywhere; }
+.samples .who span { color: var(--muted); font-size: 12.5px; }
+.samples img { display: block; border-radius: 6px; image-rendering: pixelated; }
+.samples .caption { color: var(--muted); font-size: 12px; line-height: 1.35; max-width: 100%;
+  width: 0; min-width: 100%; align-self: end; }
+@media (max-width: 760px) {
+  .samples { grid-template-columns: repeat(var(--columns), max-content); }
+  .samples .who { grid-column: 1 / -1; padding: 6px 0 0; max-width: calc(100vw - 72px); }
+  .samples .who:empty { display: none; }
+}
 @media print {
   body { background: none; } section, .tile { box-shadow: none; break-inside: avoid; }
 }

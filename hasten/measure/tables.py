@@ -32,7 +32,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     crowded = len(labels) > 1  # one column more has to fit in 80
     if crowded:
         table.padding = 0
-    table.add_column("plan", overflow="fold", min_width=10 if crowded else 12)
+    table.add_column("plan", overflow="fold", min_width=8)
     _numbers(table, "speed\nratio", MEASURED)
     _numbers(table, view.RATES[view.rate_key(result)][1], MEASURED)
     _numbers(table, "of limit", MODELLED)

@@ -38,9 +38,8 @@ def mask_in_blocks(ids: Tensor, prompt: int, mask_id: int) -> tuple[Tensor, Tens
     """Hide what is hidden while a continuation is written block by block.
 
     For each row a length of blocks is drawn, and one of them: what stands before it is there, some
-    of its tokens are, and nothing behind it is. Which of its tokens are there is drawn at a ratio
-    that is drawn evenly; in every other row it is its first ones, as many as that, because much of a
-    block is written from the left. Only its own tokens are to be predicted.
+    of its tokens are, at a ratio drawn evenly, and nothing behind it is. Only its own tokens are to
+    be predicted.
 
     Args:
         ids: (rows, prompt + continuation).
@@ -55,11 +54,8 @@ def mask_in_blocks(ids: Tensor, prompt: int, mask_id: int) -> tuple[Tensor, Tens
     first = prompt + length * (torch.rand(rows, 1, device=ids.device) * count).long()
     places = torch.arange(ids.shape[1], device=ids.device)
     inside = (places >= first) & (places < first + length)
+    draws = torch.rand(ids.shape, device=ids.device).masked_fill(~inside, 2.0)
     ratio = torch.rand(rows, 1, device=ids.device)
-    draws = torch.rand(ids.shape, device=ids.device)
-    from_left = (first + length - 1 - places) / length  # 0 for the block's last token
-    draws[::2] = from_left[::2]
-    draws = draws.masked_fill(~inside, 2.0)
     wanted = draws <= torch.maximum(ratio, draws.min(dim=1, keepdim=True).values)
     return ids.masked_fill(wanted | (places >= first + length), mask_id), wanted
 

@@ -40,12 +40,14 @@ from hasten.zoo.output import (
     torch_state,
     weights_hash,
 )
+from hasten.zoo.parallel import quality_by_tokens_a_pass
 from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
 from hasten.zoo.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
 CONTEXT = 2048
 MASK = "<|mask|>"
 HELD_OUT_ROWS = 64  # windows on which a masked model is judged
+NUM_PASSAGES = 16  # of them that it continues
 
 
 def growing(long_share: float) -> tuple[Stage, ...]:
@@ -184,10 +186,10 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 compile=False,  # the states of all layers are caught by hooks
             ),
             echo=Echo(
-                texts=8_192,
+                texts=6_144,
                 prompt=128,
                 training=Settings(
-                    tokens=10_000_000,
+                    tokens=4_000_000,
                     stages=(Stage(length=256, share=1.0),),
                     matrix_lr=0.005,
                     other_lr=1e-3,
@@ -361,6 +363,7 @@ def _convert(
         model.config.mask_token_id = mask_id
         model.config.shifted_logits = True
         quality = {"loss": outcomes[-1].final_loss} | masked_quality(model, held_out, mask_id)
+        quality |= quality_by_tokens_a_pass(model, tokenizer, base, held_out[:NUM_PASSAGES, :96])
         card = export(model, tokenizer, chosen, output, outcomes, corpus, files, quality)
     for file in beside:
         file.unlink(missing_ok=True)

@@ -140,7 +140,9 @@ def test_each_sample_switches_where_its_own_cosine_says(family: str) -> None:
     for column in cosines.T:
         passed = (column >= threshold).nonzero()
         expected.append(int(passed[0]) + 1 if len(passed) else STEPS)
-    _made, fast = run(f"adaptive_guidance(threshold={threshold!r})", family, **more)
+    what = "noise" if family == "unet" else "clean"  # as `plain_cosines`
+    plan = f"adaptive_guidance(threshold={threshold!r}, compare_as={what})"
+    _made, fast = run(plan, family, **more)
     assert len(set(expected)) > 1
     assert fast.activity["rows"] == sum(2 * k + (STEPS - k) for k in expected)
     found = sorted(
@@ -152,16 +154,9 @@ def test_each_sample_switches_where_its_own_cosine_says(family: str) -> None:
     assert found == sorted(k for k in expected if k < STEPS)
     # A sample is the same in whatever company.
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    together, _ = run(
-        f"adaptive_guidance(threshold={threshold!r})", family, latents=latents, **more
-    )
+    together, _ = run(plan, family, latents=latents, **more)
     for row, prompt in enumerate(prompts):
-        alone, _ = run(
-            f"adaptive_guidance(threshold={threshold!r})",
-            family,
-            latents=latents[row : row + 1],
-            prompt=prompt,
-        )
+        alone, _ = run(plan, family, latents=latents[row : row + 1], prompt=prompt)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
 
 
@@ -297,6 +292,7 @@ def test_two_guiders_are_refused() -> None:
 
 # --------------------------------------------------------------------------------- trained models
 @pytest.mark.zoo
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["scenes-dit", "scenes-unet"])
 def test_on_a_trained_model_it_saves_a_part_and_keeps_the_picture(name: str) -> None:
     drawn.model(name)
@@ -319,6 +315,7 @@ def test_on_a_trained_model_it_saves_a_part_and_keeps_the_picture(name: str) -> 
 
 
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_on_a_trained_model_branches_are_linear_in_what_came_before() -> None:
     pipe = drawn.model("scenes-dit")
     captions = [words for words, _ in prompts(48, 3)]

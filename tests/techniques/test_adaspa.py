@@ -11,10 +11,12 @@ from torch import Tensor
 
 import hasten
 from hasten.denoise.attention import adaspa, masses, sparse
-from hasten.denoise.attention.adaspa import AdaSpa, Found
+from hasten.denoise.attention.adaspa import AdaSpa, Found, index_dtype
 from hasten.denoise.attention.masses import best_blocks, budgets, recall, search
 from hasten.denoise.attention.sparse import Cells, Sequences
 from hasten.denoise.run import Run
+from hasten.errors import PlanError
+from hasten.plan import Plan
 from tests.pipelines import call, picture, tiny
 from tests.techniques.attending import (
     CPU,
@@ -253,6 +255,48 @@ def test_a_search_that_falls_on_a_skipped_step_is_made_at_the_next(
     assert noted.steps == [7, 15]  # due at 4 and 12
 
 
+def test_a_new_size_is_searched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found at one size says nothing of another: no step reads it there."""
+    noted = Noted(monkeypatch)
+    switching = "bottleneck_sampling(first=0.5, last=0.2)"
+    more = {"num_inference_steps": 20, **LARGE}
+    result, _ = made(tiny("pixart"), "pixart", PLAN, switching, **more)
+    assert torch.isfinite(result).all()
+    # The usual one at 4; at 10 the sample gets smaller; 12 is due; at 16 it gets its size back.
+    assert noted.steps == [4, 10, 12, 16]
+    assert noted.fused == [False, False, True, False]
+    blocks = {step: {keys.shape[-2] for keys in used} for step, used in noted.used.items()}
+    assert set(noted.used) == {*range(5, 10), 11, *range(13, 16), *range(17, 20)}
+    large, small = blocks[5], blocks[11]
+    assert large != small and blocks[17] == large and blocks[13] == small
+
+
+def test_what_was_found_belongs_to_one_sample() -> None:
+    """Particles and streams put other samples in its place, and some leave tokens out."""
+    for other in ("rollover_budget_forcing", "stream_diffusion"):
+        with pytest.raises(PlanError, match="adaspa needs one sample that moves on"):
+            Plan.parse("adaspa", other)
+        Plan.parse("grat", other)  # whose pattern is nobody's
+    for other in ("just_in_time", "sada(tokens=0.5)"):
+        with pytest.raises(PlanError, match="adaspa needs all tokens"):
+            Plan.parse("adaspa", other)
+    for other in ("zeus", "easy_cache", "sada", "bottleneck_sampling", "adaptive_guidance"):
+        Plan.parse("adaspa", other)  # it searches where the network runs, and anew at each size
+
+
+def test_what_is_kept_takes_two_bytes_a_block() -> None:
+    found: list[Found] = []
+    with hasten.apply(tiny("pixart"), PLAN) as fast:
+        run = fast.start()
+        fast._execute(run, **call("pixart", num_inference_steps=10, **LARGE))
+        (state,) = run.states.values()
+        found += state.found.values()
+    assert len(found) == 3 and all(one.keys.dtype == torch.int16 for one in found)
+    for blocks in (1, 32_767, 32_768, 200_000):
+        last = torch.tensor(blocks - 1).to(index_dtype(blocks))
+        assert int(last) == blocks - 1
+
+
 @pytest.mark.parametrize("choose", ["exact", "pooled", "random"])
 def test_the_same_again(choose: str) -> None:
     pipe = tiny("pixart")
@@ -299,6 +343,7 @@ def test_bfloat16() -> None:
 
 # --------------------------------------------------------------------------------------- the zoo
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_what_matters_stays_between_steps_more_than_between_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -331,6 +376,7 @@ def test_what_matters_stays_between_steps_more_than_between_prompts(
 
 
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_exact_search_makes_better_clips_than_chance() -> None:
     original, _ = zoo_sample("scenes-video", count=2)
     quality = []

@@ -8,20 +8,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
+from hasten.denoise.blocks import layers as layers_of
+from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
-from hasten.denoise.schedule.auto_diffusion import AutoDiffusion, Fitness, frechet
-from hasten.denoise.schedule.evolution import Evolution, Genome
+from hasten.denoise.schedule.auto_diffusion import AutoDiffusion
+from hasten.denoise.schedule.evolution import Evolution, Gene, Genome, count_left_out, full
+from hasten.denoise.schedule.fitness import Fitness, frechet
 from hasten.denoise.schedule.grid import set_grid, sigma_of, time_of, times
 from hasten.denoise.slots import Schedule
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.preparation import Preparation
 from hasten.subject import open_subject
-from hasten.technique import Card, Contract, Loss
+from hasten.technique import Card, Contract, Loss, Parts
+from hasten.zoo.scenes.caption import prompts
+from hasten.zoo.scenes.render import render
 from tests import pipelines
 from tests.pipelines import picture, tiny
+from tests.techniques import drawn
+from tests.techniques.denoising import made, recording
+from tests.techniques.trajectories import dpm, toy
 
 STEPS = 4
 
@@ -141,19 +150,19 @@ def test_schedulers_that_cannot_follow_are_refused() -> None:
 
 
 # --------------------------------------------------------------------------------------- the search
-TARGET = (930.0, 700.0, 240.0, 60.0)
-UNIFORM = (999.0, 749.0, 499.0, 249.0)
+TARGET = full([930.0, 700.0, 240.0, 60.0])
+UNIFORM = full([999.0, 749.0, 499.0, 249.0])
 
 
 def worth(genome: Genome) -> float:
-    return sum(abs(a - b) / 100 for a, b in zip(genome, TARGET, strict=True))
+    return sum(abs(a.time - b.time) / 100 for a, b in zip(genome, TARGET, strict=True))
 
 
 def evolved(seed: int, *, generations: int = 8, population: int = 20) -> Evolution:
     evolution = Evolution(worth, 1000, 0, torch.Generator().manual_seed(seed))
     evolution.look(evolution.first(UNIFORM, population))
     for _ in range(generations):
-        evolution.look(evolution.next(population, population // 5))
+        evolution.look(evolution.next(population, evolution.ranked(population // 5)))
     return evolution
 
 
@@ -161,11 +170,13 @@ def test_lists_are_distinct_fall_and_are_never_judged_twice() -> None:
     asked: list[Genome] = []
     evolution = evolved(0)
     evolution.fitness = lambda genome: asked.append(genome) or worth(genome)  # type: ignore[func-returns-value]
-    evolution.look(evolution.next(20, 4))
+    evolution.look(evolution.next(20, evolution.ranked(4)))
     assert len(asked) == len(set(asked)) == 20
     for genome in evolution.found:
-        assert len(set(genome)) == 4 and list(genome) == sorted(genome, reverse=True)
-        assert all(0 <= t < 1000 and t == int(t) for t in genome)
+        listed = [gene.time for gene in genome]
+        assert len(set(listed)) == 4 and listed == sorted(listed, reverse=True)
+        assert all(0 <= t < 1000 and t == int(t) for t in listed)
+        assert count_left_out(genome) == 0
     assert UNIFORM in evolution.found
 
 
@@ -189,6 +200,227 @@ def test_a_mutant_differs_and_a_crossing_takes_from_both() -> None:
         assert mutant is None or (mutant != UNIFORM and len(mutant) == 4)
         crossed = evolution.crossing(UNIFORM, TARGET)
         assert crossed is None or set(crossed) <= set(UNIFORM) | set(TARGET)
+
+
+# --------------------------------------------------------------------- the search over layers too
+LAYERS, KEPT = 6, 17  # of 4 * 6 pairs of a step and a layer
+WANTED = [{0, 5}, {1}, set(), {2, 3, 4, 5}]  # what the target leaves out
+
+
+def worth_both(genome: Genome) -> float:
+    """Far from the target's timesteps, or with other layers, is worse; with fewer it is better."""
+    wrong = sum(len(g.left_out ^ wanted) for g, wanted in zip(genome, WANTED, strict=True))
+    return worth(genome) + wrong / 10
+
+
+def thinning(seed: int) -> Evolution:
+    generator = torch.Generator().manual_seed(seed)
+    return Evolution(worth_both, 1000, 0, generator, LAYERS, 4 * LAYERS - KEPT)
+
+
+def test_every_list_leaves_out_what_the_budget_asks_for() -> None:
+    before, evolution = evolved(0), thinning(0)
+    evolution.look(evolution.next(20, before.ranked(4)))  # from lists that leave nothing out
+    for _ in range(6):
+        evolution.look(evolution.next(20, evolution.ranked(4)))
+    other = thinning(1)
+    other.look(other.first(UNIFORM, 20))
+    looked = [*evolution.found, *other.found]
+    assert len(looked) == 8 * 20
+    assert {count_left_out(genome) for genome in looked} == {4 * LAYERS - KEPT}
+    assert all(gene.left_out <= set(range(LAYERS)) for genome in looked for gene in genome)
+    counts = {tuple(len(gene.left_out) for gene in genome) for genome in looked}
+    assert len(counts) > 20  # steps may share the budget unevenly
+
+
+def test_lists_of_the_first_stage_hand_their_timesteps_on() -> None:
+    parents = evolved(0).ranked(4)
+    known = {gene.time for genome in parents for gene in genome}
+    children = thinning(0).next(20, parents)
+    assert sum(gene.time in known for genome in children for gene in genome) > 0.7 * 4 * 20
+
+
+def test_a_mutant_exchanges_layers_and_a_crossing_takes_steps_whole() -> None:
+    evolution = thinning(0)
+    first = evolution.fitted(UNIFORM)
+    mutants = [evolution.mutant(first) for _ in range(50)]
+    changed = [m for m in mutants if m and [g.time for g in m] == [g.time for g in first]]
+    assert changed and all(m != first for m in changed)  # other layers at the same timesteps
+    for mutant in changed:
+        pairs = zip(mutant, first, strict=True)
+        assert 1 <= sum(len(a.left_out - b.left_out) for a, b in pairs) <= 4
+    even = [Gene(gene.time, frozenset({0})) for gene in TARGET]
+    evolution.num_left_out = 4  # as many as any choice of steps of these two leaves out
+    odd = [Gene(gene.time - 1, frozenset({3})) for gene in TARGET]
+    crossings = [evolution.crossing(tuple(even), tuple(odd)) for _ in range(50)]
+    assert {gene for crossed in crossings for gene in crossed or ()} == {*even, *odd}
+    evolution.num_left_out = 0
+    assert evolution.fitted(first) == UNIFORM  # too many are put back
+
+
+def test_the_best_with_layers_never_rises_and_beats_chance() -> None:
+    ours, theirs = [], []
+    for seed in range(12):
+        evolution = thinning(seed)
+        evolution.look(evolution.next(20, evolved(seed, generations=4).ranked(4)))
+        for _ in range(8):
+            evolution.look(evolution.next(20, evolution.ranked(4)))
+        assert all(a >= b for a, b in zip(evolution.curve, evolution.curve[1:], strict=False))
+        chance = thinning(100 + seed)
+        count = len(evolution.found) + 5 * 20  # those of the first stage count too
+        chance.look([chance.random(4) for _ in range(count)])
+        ours.append(evolution.curve[-1])
+        theirs.append(chance.curve[-1])
+    assert sum(ours) < 0.9 * sum(theirs)
+
+
+# ------------------------------------------------------------------------------ leaving layers out
+FAMILIES = ("dit", "sd3", "flux", "wan", "hunyuandit", "unet", "sdxl")
+
+
+def some_left_out(pipe: Any, share: float, *, steps: int = STEPS, seed: int = 0) -> Tensor:
+    """(steps, layers) bool, so many of all pairs by chance."""
+    count = len(layers_of(networks(pipe)[0]))
+    luck = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(steps * count, dtype=torch.bool)
+    flat[torch.randperm(steps * count, generator=luck)[: round(share * steps * count)]] = True
+    return flat.view(steps, count)
+
+
+def given(left_out: Tensor | None, wanted: list[float]) -> dict[str, Parts]:
+    parts = {"timesteps": torch.tensor(wanted, dtype=torch.float64)}
+    return {"auto_diffusion": parts if left_out is None else parts | {"left_out": left_out}}
+
+
+TIMES = [990.0, 700.0, 420.0, 80.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_left_out_is_the_whole_network_bit_for_bit(family: str) -> None:
+    pipe = tiny(family)
+    whole, spent = made(pipe, family, "auto_diffusion", parts=given(None, TIMES))
+    nothing = given(some_left_out(pipe, 0.0), TIMES)
+    ours, activity = made(pipe, family, "auto_diffusion(layers=0.5)", parts=nothing)
+    assert torch.equal(ours, whole) and activity == spent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_out_layers_do_not_run_and_are_counted(family: str) -> None:
+    pipe = tiny(family)
+    left_out = some_left_out(pipe, 0.4)
+    modules = layers_of(networks(pipe)[0])
+    inside = [next(m for m in layer.modules() if is_work(m)) for layer in modules]
+    with recording([*inside, networks(pipe)[0]]) as seen:
+        pictures, activity = made(
+            pipe, family, "auto_diffusion(layers=0.6)", parts=given(left_out, TIMES)
+        )
+    assert bool(pictures.isfinite().all())
+    calls = len(seen.of(networks(pipe)[0])) // STEPS  # network calls of a step
+    for number, module in enumerate(inside):
+        uses = len(seen.of(module)) / calls / int((~left_out[:, number]).sum() or 1)
+        assert uses == int(uses) and (uses > 0) == bool((~left_out[:, number]).any()), number
+    assert activity["auto_diffusion.layers_left_out"] == int(left_out.sum()) * calls
+
+
+def is_work(module: nn.Module) -> bool:
+    """A layer with weights that a block or layer never does without, when it runs."""
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def test_a_block_that_is_left_out_hands_its_input_on() -> None:
+    pipe = tiny("dit")
+    left_out = torch.zeros(STEPS, 3, dtype=torch.bool)
+    left_out[2, 1] = True
+    first, second, third = layers_of(networks(pipe)[0])
+    inputs = [first.norm1, second.norm1, third.norm1]
+    with recording([first, *inputs]) as seen:
+        made(pipe, "dit", "auto_diffusion(layers=0.9)", parts=given(left_out, TIMES))
+    assert [len(seen.of(norm)) for norm in inputs] == [4, 3, 4]
+    assert torch.equal(seen.of(third.norm1)[2].args[0], seen.of(first)[2].output)
+    assert not torch.equal(seen.of(third.norm1)[1].args[0], seen.of(first)[1].output)
+
+
+def test_a_residual_layer_that_is_left_out_keeps_its_shortcut() -> None:
+    pipe = tiny("unet")
+    layers = layers_of(networks(pipe)[0])
+    changes = [n for n, layer in enumerate(layers) if getattr(layer, "conv_shortcut", None)]
+    assert changes and len(changes) < len(layers)
+    left_out = torch.zeros(STEPS, len(layers), dtype=torch.bool)
+    left_out[:, changes[0]] = True
+    residual: Any = layers[changes[0]]
+    with recording([residual, residual.conv_shortcut, residual.conv1]) as seen:
+        made(pipe, "unet", "auto_diffusion(layers=0.9)", parts=given(left_out, TIMES))
+    assert not seen.of(residual.conv1)
+    assert len(seen.of(residual.conv_shortcut)) == STEPS
+    for outer, inner in zip(seen.of(residual), seen.of(residual.conv_shortcut), strict=True):
+        assert torch.equal(outer.output, inner.output)
+
+
+def test_layers_that_change_the_size_and_the_ends_always_run() -> None:
+    network: Any = networks(tiny("unet"))[0]
+    optional = {id(m) for layer in layers_of(network) for m in layer.modules()}
+    resizing = [m for name, m in network.named_modules() if name.endswith("samplers.0")]
+    assert len(resizing) == 2
+    for module in [network.conv_in, network.conv_out, network.time_embedding, *resizing]:
+        assert id(module) not in optional
+    pipe = tiny("unet")
+    everything = some_left_out(pipe, 1.0)
+    pictures, activity = made(
+        pipe, "unet", "auto_diffusion(layers=0.1)", parts=given(everything, TIMES)
+    )
+    assert bool(pictures.isfinite().all())
+    assert activity["auto_diffusion.layers_left_out"] == everything.numel()
+
+
+def test_operations_are_those_of_the_budget() -> None:
+    """All blocks of a plain transformer cost the same, so only their number counts."""
+    pipe = tiny("dit")
+
+    def spent(left_out: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            made(pipe, "dit", "auto_diffusion(layers=0.5)", parts=given(left_out, TIMES))
+        return int(counter.get_total_flops())
+
+    whole, none = spent(some_left_out(pipe, 0.0)), spent(some_left_out(pipe, 1.0))
+    one = (whole - none) / (STEPS * 3)
+    for seed, share in enumerate((0.25, 0.5, 0.75)):
+        left_out = some_left_out(pipe, share, seed=seed)
+        assert spent(left_out) == whole - one * int(left_out.sum())
+
+
+def test_a_loop_that_begins_later_leaves_out_what_belongs_to_its_timesteps() -> None:
+    """A pipeline that starts from a picture walks the last entries of the list only."""
+    pipe = tiny("unet_img2img")
+    layers = layers_of(networks(pipe)[0])
+    left_out = torch.zeros(8, len(layers), dtype=torch.bool)
+    left_out[:2] = True  # three quarters of eight steps are walked
+    left_out[5, 0] = True
+    times_ = [900.0 - 110 * i for i in range(8)]
+    activity = made(
+        pipe, "unet_img2img", "auto_diffusion(steps=8, layers=0.7)", parts=given(left_out, times_)
+    )[1]
+    assert activity["calls"] == 6 and activity["auto_diffusion.layers_left_out"] == 1
+
+
+def test_leaving_layers_out_takes_the_slot_of_block_reuse() -> None:
+    steps_only, both = AutoDiffusion(), AutoDiffusion(layers=0.5)
+    for other in ("delta_dit", "random_block_reuse", "sada(tokens=0.5)", "first_block_cache"):
+        hasten.plan.Plan.parse(steps_only, other)
+        with pytest.raises(PlanError, match="slot 'block'"):
+            hasten.plan.Plan.parse(both, other)
+    for other in ("zeus", "easy_cache", "adaptive_guidance", "grat", "adaspa"):
+        hasten.plan.Plan.parse(both, other)
+    # A compiled U-Net would leave out at every step what it left out when it was compiled.
+    assert both.terms().runners == {"eager"}
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    pipe = toy(lambda sample, timestep: sample, dpm())
+    parts = given(torch.zeros(4, 0, dtype=torch.bool), TIMES)
+    with hasten.apply(pipe, "auto_diffusion", parts=parts):
+        pass
+    with pytest.raises(SubjectError, match="has none; use layers=1"):
+        hasten.apply(pipe, "auto_diffusion(layers=0.5)", parts=parts)
 
 
 # ---------------------------------------------------------------------------------- on a pipeline
@@ -242,15 +474,54 @@ def test_prepare_finds_a_list_and_the_pipeline_walks_it(search: str, tmp_path: P
         assert torch.equal(picture(fast(**call("unet"))), expected)
 
 
+@pytest.mark.parametrize(("family", "search"), [("dit", "evolution"), ("unet", "random")])
+def test_prepare_finds_layers_too(
+    family: str, search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny(family)
+    technique = AutoDiffusion(search=search, layers=0.6, **{**SMALL, "generations": 4})
+    wanted = preparation(pipe)
+    if family == "dit":
+        wanted.prompts, wanted.arguments = [3, 9], {"features": colours, "real": REAL}
+    judged: list[Genome] = []
+    judge = Fitness.__call__
+
+    def watched(self: Fitness, genome: Genome) -> float:
+        judged.append(genome)
+        return judge(self, genome)
+
+    monkeypatch.setattr(Fitness, "__call__", watched)
+    parts = technique.prepare(wanted)
+    count = len(layers_of(networks(pipe)[0]))
+    out = 3 * count - round(0.6 * 3 * count)
+    assert parts["left_out"].shape == (3, count) and parts["left_out"].dtype == torch.bool
+    assert int(parts["left_out"].sum()) == out
+    # First timesteps alone, then both; chance has nothing to hand on, and tries both at once.
+    kinds = [count_left_out(genome) for genome in judged[1:]]
+    switch = kinds.index(out)
+    assert set(kinds[switch:]) == {out} and set(kinds[:switch]) <= {0}
+    stages = {"curve": 3, "steps_curve": 2} if search == "evolution" else {"curve": 5}
+    assert switch == (2 * 4 - 1 if search == "evolution" else 0)  # the even list was judged before
+    for name, length in stages.items():
+        assert len(parts[name]) == length and bool((parts[name].diff() <= 0).all())
+    assert ("steps_curve" in parts) == (search == "evolution")
+    with hasten.apply(pipe, technique, parts={"auto_diffusion": parts}) as fast:
+        ours = picture(fast(**call(family)))
+        assert fast.activity["auto_diffusion.layers_left_out"] == out
+        hasten.save(fast, tmp_path)
+    with hasten.load(tmp_path, pipe) as fast:
+        assert torch.equal(picture(fast(**call(family))), ours)
+
+
 def test_a_list_that_is_not_uniform_is_found_where_another_is_better() -> None:
     """The reference is drawn in uneven steps, so that the uniform list is clearly not the best."""
     pipe = tiny("unet")
     technique = AutoDiffusion(**{**SMALL, "population": 8, "generations": 2})
     judge = Fitness.of(technique, preparation(pipe))
-    real = judge.draw((420.0, 60.0, 20.0))
+    real = judge.draw(full([420.0, 60.0, 20.0]))
     parts = technique.prepare(preparation(pipe, real=real))
     assert float(parts["curve"][-1]) < 0.8 * float(parts["uniform"])
-    assert parts["timesteps"].tolist() != list(judge.uniform())
+    assert full(parts["timesteps"].tolist()) != judge.uniform()
 
 
 @pytest.mark.parametrize("family", ["cogview4", "dit"])
@@ -291,3 +562,29 @@ def test_what_cannot_be_is_refused() -> None:
     for other in ("fewer_steps", "bottleneck_sampling", "just_in_time", "rollover_budget_forcing"):
         with pytest.raises(PlanError):
             hasten.plan.Plan.parse(f"auto_diffusion, {other}")
+
+
+# ------------------------------------------------------------------------------ on a trained model
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_chosen_layers_beat_as_many_by_chance() -> None:
+    """By noises and captions that the search has not seen; the timesteps are the same."""
+    name, plan = "scenes-dit", "auto_diffusion(steps=4, layers=0.75)"
+    knobs: dict[str, Any] = {"population": 6, "generations": 3, "samples": 48, "batch": 48}
+    size = drawn.draw(name, "", 1, num_inference_steps=1).pictures.shape[-1]
+    scenes = prompts(48, 3)
+    real = render([scene for _, scene in scenes], size)
+    captions = [words for words, _ in scenes]
+    asked = Preparation(
+        open_subject(drawn.model(name)), [], prompts=captions, arguments={"real": real}
+    )
+    found = AutoDiffusion(steps=4, layers=0.75, **knobs).prepare(asked)
+
+    def distance(left_out: Tensor) -> float:
+        parts = {"auto_diffusion": found | {"left_out": left_out}}
+        return drawn.draw(name, plan, 128, batch=64, parts=parts).frechet()
+
+    pipe, share = drawn.model(name), float(found["left_out"].double().mean())
+    chance = [some_left_out(pipe, share, seed=seed) for seed in range(4)]
+    assert {int(one.sum()) for one in chance} == {int(found["left_out"].sum())}
+    assert distance(found["left_out"]) < min(distance(one) for one in chance)

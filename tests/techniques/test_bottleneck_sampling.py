@@ -19,6 +19,7 @@ from hasten.errors import HastenError, PlanError, SubjectError
 from tests import pipelines
 from tests.pipelines import picture, tiny
 from tests.techniques import drawn
+from tests.techniques.denoising import block_list, recording
 
 STEPS = 8
 PLAIN = "bottleneck_sampling(scale=1.0, enter_small=0, enter_full=0, shift_small=1, switch=implied)"
@@ -221,6 +222,31 @@ def test_states_of_others_begin_anew_at_a_switch() -> None:
     assert bool(made.isfinite().all()) and fast.activity["rows"] == STEPS + 1
 
 
+@pytest.mark.parametrize(
+    ("plan", "fresh"),
+    [("zeus", 2), ("easy_cache(threshold=1e9)", 2), ("sada", 3), ("reuse_always(interval=3)", 1)],
+)
+def test_gates_begin_anew_at_a_switch(plan: str, fresh: int) -> None:
+    """Nothing of another size is taken for an output: so many steps of each size run first."""
+    made, run, _ = traced(
+        tiny("sd3"), f"bottleneck_sampling, {plan}", "sd3", num_inference_steps=30
+    )
+    ran = [step.ran for step in run.trace or ()]
+    starts = run.state(run.slots.state).starts
+    assert bool(made.isfinite().all()) and len(starts) == 3 and not all(ran)
+    assert all(all(ran[start : start + fresh]) for start in starts)
+
+
+def test_what_blocks_added_is_of_one_size() -> None:
+    pipe = tiny("sd3")
+    last = block_list(pipe)[-1]
+    with recording([last.ff]) as seen:
+        plan = "bottleneck_sampling, delta_dit(interval=50, share=1.0)"
+        traced(pipe, plan, "sd3", num_inference_steps=20)
+    sizes = [one.args[0].shape[1] for one in seen.of(last.ff)]
+    assert len(sizes) == 3 and sizes[0] == sizes[2] > sizes[1]  # one full step of each size
+
+
 @pytest.mark.parametrize("switch", ["implied", "none", "noisy"])
 def test_ablations_are_other_pictures(switch: str) -> None:
     made, _, _ = traced(tiny("sd3"), "bottleneck_sampling", "sd3")
@@ -277,6 +303,7 @@ def test_what_it_cannot_run_on_is_refused() -> None:
 
 # --------------------------------------------------------------------------------- trained models
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_on_a_trained_model_ablations_look_less_real() -> None:
     name = "scenes-dit"
     drawn.model(name)

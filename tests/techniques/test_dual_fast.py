@@ -42,6 +42,14 @@ def test_the_network_is_called_as_often(scheduler: Any) -> None:
     assert noted.calls == 8 and noted.run.activity["dual_fast.mixed"] == 7
 
 
+@pytest.mark.parametrize("scheduler", [ddim, flow])
+def test_an_estimate_of_another_size_is_not_mixed_in(scheduler: Any) -> None:
+    rule = gaussian(ddim()) if scheduler is not flow else (lambda x, t: 0.3 * x)
+    noted = record(toy(rule, scheduler()), "dual_fast", num_inference_steps=10, grow_at=4)
+    assert noted.sample.shape[-1] == 16 and bool(noted.sample.isfinite().all())
+    assert noted.run.activity["dual_fast.mixed"] == 8  # each size's first step is its reference
+
+
 def start(batch: int = 2) -> Tensor:
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 

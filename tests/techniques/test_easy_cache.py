@@ -175,6 +175,18 @@ def test_each_call_of_a_step_keeps_a_vector_of_its_own() -> None:
     assert counted["skipped"] == 2 * counted["easy_cache.reused"] > 0
 
 
+def test_steps_are_counted_and_not_calls_where_a_branch_is_left_out() -> None:
+    """One decision a step: the same steps run, whether one call is made at each or two."""
+    pipe, ran = pipelines.tiny("cogview4"), []
+    for plan in ("", ", adaptive_guidance(threshold=-1.0)"):
+        with hasten.apply(pipe, f"easy_cache(threshold=1e9, warmup=0.25){plan}") as fast:
+            run = fast.start()
+            run.trace = []
+            fast._execute(run, **pipelines.call("cogview4", num_inference_steps=12))
+            ran.append([step.ran for step in run.trace])
+    assert ran[0] == ran[1] == [True] * 3 + [False] * 8 + [True]
+
+
 def test_vectors_of_other_channels() -> None:
     given = torch.randn(2, 4, 3, 3)
     for shape in ((2, 4, 3, 3), (2, 8, 3, 3), (2, 2, 3, 3)):

@@ -14,7 +14,7 @@ from hasten.denoise.gate.zeus import Zeus
 from hasten.zoo.scenes.caption import prompts
 from tests.techniques import drawn
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.thorough]
 
 STEPS = 50
 COUNT = 16

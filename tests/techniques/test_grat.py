@@ -249,6 +249,7 @@ def test_bfloat16() -> None:
 
 # --------------------------------------------------------------------------------------- the zoo
 @pytest.mark.zoo
+@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", ["criss_cross", "surrounding"])
 def test_cells_nearby_keep_more_of_the_softmax_than_random_ones(
     pattern: str, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +274,7 @@ def test_cells_nearby_keep_more_of_the_softmax_than_random_ones(
 
 
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_pictures_stay_nearer_than_with_random_cells() -> None:
     original, _ = zoo_sample("scenes-dit")
     quality = [

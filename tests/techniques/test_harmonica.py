@@ -17,8 +17,10 @@ import hasten
 from hasten.denoise.block import router
 from hasten.denoise.block.harmonica import THRESHOLD, Harmonica, even_table
 from hasten.denoise.block.layers import Counting, from_numbers, to_numbers
+from hasten.denoise.block.mixer import Mixer
 from hasten.denoise.block.router import RouterTraining
 from hasten.denoise.blocks import sublayers
+from hasten.denoise.pipelines import quiet
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.preparation import Preparation
 from hasten.subject import open_subject
@@ -243,7 +245,7 @@ def test_the_reference_is_the_plain_network_and_the_loop_goes_on_with_the_mix(
 
 
 def test_the_mixture_is_of_fresh_and_kept_outputs() -> None:
-    mixer, chances = router.Mixer(), torch.tensor([0.3, 0.05])
+    mixer, chances = Mixer(), torch.tensor([0.3, 0.05])
     run: Any = type("FakeRun", (), {})()
     run.call, run.index = type("FakeCall", (), {"module": None, "branch": 0})(), 1
     mixer.mode = "fill"
@@ -256,11 +258,29 @@ def test_the_mixture_is_of_fresh_and_kept_outputs() -> None:
         assert float(mixer.sublayer(None, run, (0, "a"), lambda v=value: v)) == pytest.approx(
             expected
         )
-    mixer.counting = Counting()
     for value in (2.0, 3.0):  # below: the old one stays
         mixer.counting = Counting()
         got = mixer.sublayer(None, run, (0, "b"), lambda v=value: torch.tensor([v]))
         assert float(got) == pytest.approx(0.05 * value + 0.95 * 1.0)
+
+
+def test_no_gradient_goes_back_through_what_was_kept_or_the_sample() -> None:
+    """A step's logits learn from that step alone."""
+    train = training(tiny("dit"), updates=3)
+    train.train()
+    assert train.mixer.kept
+    for kept in train.mixer.kept.values():
+        assert not kept.requires_grad
+    mixer = Mixer()
+    run: Any = type("FakeRun", (), {})()
+    run.call, run.index = type("FakeCall", (), {"module": None, "branch": 0})(), 1
+    chance, fresh = torch.tensor([0.6], requires_grad=True), torch.ones(1, requires_grad=True)
+    mixer.sublayer(None, run, (0, "a"), lambda: 3.0 * fresh)
+    mixer.mode, mixer.chances, mixer.counting = "mix", chance, Counting()
+    mixed = mixer.sublayer(None, run, (0, "a"), lambda: 5.0 * fresh)
+    mixed.sum().backward()
+    assert float(chance.grad) == 5.0 - 3.0  # type: ignore[arg-type]
+    assert float(fresh.grad) == pytest.approx(0.6 * 5.0)  # type: ignore[arg-type]
 
 
 def test_decided_logits_make_training_and_inference_agree_but_for_the_leak() -> None:
@@ -275,7 +295,7 @@ def test_decided_logits_make_training_and_inference_agree_but_for_the_leak() -> 
         return train._pass(run, mode if run.index else "fill", compute)
 
     gaps = []
-    with router._quiet(pipe), router._frozen([pipe.transformer]):
+    with quiet(pipe), router._frozen([pipe.transformer]):
         train._first_look()
         for size in (2.0, 5.0, 20.0):
             train.logits = [row.clone() for row in torch.where(runs, size, -size)]
@@ -294,7 +314,7 @@ def test_weights_are_what_reuse_changes_in_the_final_sample() -> None:
     train = training(pipe)
     table = [[False] * columns() for _ in range(STEPS)]
     table[3] = [True] * columns()  # nothing is reused at this step
-    with router._quiet(pipe):
+    with quiet(pipe):
         train._first_look()
         weights = train._measure_weights(table)
     known = [1, 2, 4]
@@ -401,7 +421,7 @@ def test_what_cannot_be_prepared() -> None:
 
 # --------------------------------------------------------------------------------------- the zoo
 @pytest.mark.zoo
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_on_a_trained_model_the_learned_table_beats_others_of_as_many_runs() -> None:
     plan = "harmonica(steps=10)"
     parts = hasten.prepare(zoo("scenes-dit"), plan, steps=180, write=False)

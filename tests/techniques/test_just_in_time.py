@@ -386,6 +386,7 @@ def test_what_it_cannot_run_on_is_refused() -> None:
 
 # --------------------------------------------------------------------------------- trained models
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_on_a_trained_model_every_part_of_it_is_needed() -> None:
     name = "scenes-dit"
     drawn.model(name)
@@ -402,6 +403,7 @@ def test_on_a_trained_model_every_part_of_it_is_needed() -> None:
 
 
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "scenes-dit"
     drawn.model(name)

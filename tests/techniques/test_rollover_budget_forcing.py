@@ -49,6 +49,13 @@ def test_derivatives_are_those_of_the_path(path: Callable[[float], Place], s: fl
     assert here.c * here.t == pytest.approx(here.sigma)
 
 
+def test_the_other_path_begins_where_the_flow_does() -> None:
+    """Nearly: its noise at the start is of the flow's size, so that starts can be shared."""
+    here = variance_preserving(1.0)
+    assert here.c == pytest.approx(1.0, abs=0.01) and here.t == pytest.approx(1.0, abs=0.01)
+    assert linear(1.0).c == linear(1.0).t == 1.0
+
+
 @pytest.mark.parametrize("path", [linear, variance_preserving])
 def test_velocity_score_and_clean_estimate_agree(path: Callable[[float], Place]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -316,6 +323,7 @@ def test_it_has_its_papers_defaults() -> None:
 
 # --------------------------------------------------------------------------------- trained models
 @pytest.mark.zoo
+@pytest.mark.thorough
 def test_on_a_trained_model_the_search_finds_what_the_prompt_asks_for() -> None:
     """The reward counts words of the caption; the judge is the share of attributes."""
     name = "scenes-dit"

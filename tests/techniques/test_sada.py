@@ -15,7 +15,7 @@ from hasten.denoise.gate.token_choice import TokenCache, shorten
 from hasten.errors import PlanError, SubjectError
 from hasten.plan import Plan
 from tests import pipelines
-from tests.techniques.trajectories import ddim, dpm, flow, mixture, psnr, record, toy
+from tests.techniques.trajectories import ddim, dpm, flow, gaussian, mixture, psnr, record, toy
 
 
 def test_the_weights_of_the_foretold_state_sum_to_one() -> None:
@@ -190,6 +190,28 @@ def test_the_opposite_criterion_skips_other_steps() -> None:
         for kind in ("stable", "unstable", "random")
     ]
     assert kept[0] != kept[1] != kept[2] != kept[0]
+
+
+def test_the_criterion_beats_chance_at_as_many_calls() -> None:
+    """Single skips, so that both skip as much."""
+    pipe, quality, calls = toy(mixture(kind=ddim()), dpm()), {}, {}
+    full = [record(pipe, num_inference_steps=50, seed=seed).sample for seed in range(12)]
+    for kind in ("stable", "random"):
+        plan = f"sada(criterion={kind}, late=1, max_skips=1)"
+        noted = [record(pipe, plan, seed=seed, num_inference_steps=50) for seed in range(12)]
+        quality[kind] = sum(map(psnr, [one.sample for one in noted], full)) / 12
+        calls[kind] = sum(one.calls for one in noted) / 12
+    assert abs(calls["stable"] - calls["random"]) < 1
+    assert quality["stable"] > quality["random"] + 1
+
+
+@pytest.mark.parametrize("scheduler", [flow, ddim])
+def test_it_begins_anew_where_the_size_changes(scheduler: Any) -> None:
+    kind = "flow" if scheduler is flow else ddim()
+    rule = (lambda x, t: 0.3 * x) if kind == "flow" else gaussian(kind)
+    noted = record(toy(rule, scheduler()), "sada", num_inference_steps=50, grow_at=20)
+    assert noted.sample.shape[-1] == 16 and bool(noted.sample.isfinite().all())
+    assert all(noted.ran[20:23]) and not all(noted.ran)  # three slopes of the new size
 
 
 def test_the_foretold_state_makes_a_better_clean_sample_than_the_solvers() -> None:

@@ -44,6 +44,19 @@ def test_published_numbers_of_calls(interval: int, most: int, calls: int, longes
     assert all(noted.ran[:11]) and noted.ran[-1]
 
 
+@pytest.mark.parametrize(
+    ("share", "interval", "expected"), [(0.48, 6, 24), (0.5, 6, 24), (0.5, 4, 24), (0.4, 8, 24)]
+)
+def test_the_late_rule_begins_at_a_step_of_its_own(
+    share: float, interval: int, expected: int
+) -> None:
+    """At a multiple of its interval, at which a call runs: then runs of skips stay whole."""
+    plan = f"zeus(late={share}, late_interval={interval}, max_skips=12)"
+    noted = record(toy(noisy, flow()), plan, num_inference_steps=50)
+    late = [step for step in range(expected + 1, 45) if noted.ran[step]]
+    assert late == [step for step in range(expected + 1, 45) if step % interval == 1]
+
+
 @pytest.mark.parametrize("steps", [9, 10, 20, 37, 100])
 def test_first_and_last_steps_always_run(steps: int) -> None:
     noted = record(toy(noisy, flow()), "zeus(start=0, end=1)", num_inference_steps=steps)

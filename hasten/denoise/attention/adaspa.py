@@ -55,7 +55,7 @@ class Found:
     """What a search found in one attention layer.
 
     Attributes:
-        keys: (batch, heads, query blocks, most) key blocks by falling mass, as int16.
+        keys: (batch, heads, query blocks, most) key blocks by falling mass, as int16 if that does.
         kept: (batch, heads) how many of them each head keeps.
         lse: (batch, heads, query blocks, size) sums of exponentiated scores, as their logs.
         rows: which rows of the pipeline's call they are of.
@@ -142,7 +142,10 @@ class AdaSpa(Attention):
         ),
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.ATTENTION,), needs=frozenset({Resource.TOKEN_SET}), phase=Phase.PASS
+        slots=(Slot.ATTENTION,),
+        # What a search finds is read at later steps: it holds for the sample and the tokens searched.
+        needs=frozenset({Resource.TRAJECTORY, Resource.TOKEN_SET}),
+        phase=Phase.PASS,
     )
 
     sparsity: float = knob(
@@ -228,7 +231,7 @@ class AdaSpa(Attention):
         if self.adaptive and self.choose == "exact":
             recalls = recall(masses, count, cells).unflatten(0, (batch, heads))
             kept = budgets(recalls, count, cells.count)
-        keys = best_blocks(masses.blocks, int(kept.max())).to(torch.int16)
+        keys = best_blocks(masses.blocks, int(kept.max())).to(index_dtype(cells.count))
         lse = masses.lse.unflatten(0, (batch, heads)) if self.choose == "exact" else None
         state.found[where] = Found.of(keys.unflatten(0, (batch, heads)), kept, lse, run.rows)
         run.activity[f"{self.name}.searches"] += 1
@@ -243,3 +246,8 @@ class AdaSpa(Attention):
         if self.choose == "random":
             blocks = torch.rand(blocks.shape, generator=state.luck).to(blocks.device)
         return Masses(blocks, blocks.new_zeros(blocks.shape[:2]), blocks.new_zeros(0))
+
+
+def index_dtype(blocks: int) -> torch.dtype:
+    """The smallest integers that number so many blocks; there are many of them to keep."""
+    return torch.int16 if blocks <= torch.iinfo(torch.int16).max else torch.int32

@@ -114,6 +114,7 @@ class DeltaDiT(Block):
         slots=(Slot.BLOCK,),
         needs=frozenset({Resource.TRAJECTORY, Resource.TOKEN_SET}),
         phase=Phase.PASS,
+        runners=frozenset({"eager", "compiled"}),
     )
 
     interval: int = knob(

@@ -46,6 +46,7 @@ class RandomBlockReuse(Block):
         slots=(Slot.BLOCK,),
         needs=frozenset({Resource.TRAJECTORY, Resource.TOKEN_SET}),
         phase=Phase.PASS,
+        runners=frozenset({"eager", "compiled"}),
     )
 
     interval: int = knob(2, "of delta_dit, of whose blocks as many are left out", low=1)

@@ -65,8 +65,13 @@ def tokens_of(call: BlockCall) -> Tokens:
 
 
 def through(call: BlockCall) -> Any:
-    """A block's output that is its input."""
-    return call.output(*tokens_of(call))
+    """What a block puts out if it adds nothing to its input.
+
+    A residual layer of a U-Net may make other channels of it; then its shortcut still runs.
+    """
+    hidden, text = tokens_of(call)
+    shortcut = getattr(call.module, "conv_shortcut", None)
+    return call.output(hidden if shortcut is None else shortcut(hidden), text)
 
 
 def check_blocks(pipe: Any, name: str) -> None:

@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.denoise.block.harmonica import THRESHOLD
-from hasten.denoise.block.layers import Counting, Place, each, to_numbers
+from hasten.denoise.block.layers import to_numbers
+from hasten.denoise.block.mixer import Mixer
 from hasten.denoise.inputs import call_arguments
 from hasten.denoise.network import hooked, networks, unpack
+from hasten.denoise.pipelines import quiet
 from hasten.denoise.run import Run, Slots
-from hasten.denoise.slots import Block
 from hasten.errors import HastenError
 from hasten.preparation import Preparation
-from hasten.technique import Card, Contract, Loss, Parts
+from hasten.technique import Parts
 
 BOUND = 5.0  # of logits
 RATE = 0.01  # of AdamW, the paper's; for fewer updates a logit must still get from end to end
@@ -74,7 +75,7 @@ class RouterTraining:
     # -- the whole ---------------------------------------------------------------------------------
     def train(self) -> Parts:
         """Train, and give the table as it is saved."""
-        with _quiet(self.pipe), _frozen(networks(self.pipe)):
+        with quiet(self.pipe), _frozen(networks(self.pipe)):
             self._first_look()
             self._weigh_steps()
             self._walk()  # without updates: how large errors are
@@ -231,60 +232,6 @@ class RouterTraining:
         return run
 
 
-class Mixer(Block):
-    """What layers put out during training.
-
-    Attributes:
-        mode: "fill" runs all and keeps it; "plain" runs all and keeps nothing; "mix" mixes fresh and
-            kept outputs; "hard" runs what the table says at the steps in `steps`, and all at others.
-        chances: (columns,) that each layer runs, at the step in hand.
-    """
-
-    sublayers = True
-    card: ClassVar[Card] = Card(title="training", family="", loss=Loss.LOSSY)
-    contract: ClassVar[Contract] = Contract(slots=())
-    name: ClassVar[str] = "harmonica_training"
-
-    def __init__(self) -> None:
-        self.mode = "fill"
-        self.steps: frozenset[int] = frozenset()
-        self.table: list[list[bool]] = []
-        self.chances = torch.zeros(0)
-        self.columns: dict[Place, int] = {}
-        self.counting = Counting()
-        self.kept: dict[tuple[int, int, int], Any] = {}
-
-    def clear(self) -> None:
-        """Begin a trajectory."""
-        self.kept = {}
-        self.counting = Counting()
-
-    def sublayer(
-        self, state: Any, run: Run, key: tuple[int, str], compute: Callable[[], Any]
-    ) -> Any:
-        """See `Block.sublayer`."""
-        place = self.counting.place(run, key)
-        column = self.columns.setdefault(place, len(self.columns))
-        where = (id(run.call.module), run.call.branch, column)
-        if self.mode == "hard" and run.index in self.steps and where in self.kept:
-            runs = self.table[run.index][column]
-        else:
-            runs = True
-        fresh = compute() if runs else self.kept[where]
-        if self.mode == "plain":
-            return fresh
-        if self.mode != "mix" or where not in self.kept:
-            self.kept[where] = each(Tensor.detach, fresh)
-            return fresh
-        chance, old = self.chances[column], self.kept[where]
-        mixed = each(
-            lambda new, kept: (chance * new + (1 - chance) * kept).to(new.dtype), fresh, old
-        )
-        if float(chance.detach()) > THRESHOLD:
-            self.kept[where] = each(Tensor.detach, fresh)
-        return mixed
-
-
 def final_sample(run: Run) -> Tensor:
     """What the solver's last step made, on the run's way to a picture."""
     assert run.trace is not None
@@ -305,14 +252,3 @@ def _frozen(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline's own, for a while."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)

@@ -97,6 +97,7 @@ class DualFast(Gate):
         slots=(Slot.GATE,),
         reads=frozenset({Resource.TRAJECTORY}),
         needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     strength: float = knob(

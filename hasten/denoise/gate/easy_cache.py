@@ -97,6 +97,7 @@ class EasyCache(Gate):
         reads=frozenset({Resource.TRAJECTORY}),
         changes=frozenset({Resource.EVERY_CALL}),
         needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     threshold: float = knob(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -26,7 +26,7 @@ class FirstBlockCache(DiffusersCache):
     card: ClassVar[Card] = cache_card(
         "First Block Cache", "https://github.com/chengzeyi/ParaAttention", {"threshold": 0.0}
     )
-    contract: ClassVar[Contract] = CONTRACT
+    contract: ClassVar[Contract] = replace(CONTRACT, runners=frozenset({"eager", "compiled"}))
 
     threshold: float = knob(
         0.05, "relative change up to which blocks are skipped; higher skips more", low=0.0

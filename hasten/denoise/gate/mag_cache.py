@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ class MagCache(DiffusersCache):
     card: ClassVar[Card] = cache_card(
         "MagCache", "https://github.com/Zehong-Ma/MagCache", {"max_skips": 0}, trained=True
     )
-    contract: ClassVar[Contract] = CONTRACT
+    contract: ClassVar[Contract] = replace(CONTRACT, runners=frozenset({"eager", "compiled"}))
 
     threshold: float = knob(
         0.06, "summed expected change up to which blocks are skipped; higher skips more", low=0.0

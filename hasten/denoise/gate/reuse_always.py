@@ -28,6 +28,7 @@ class ReuseAlways(Gate):
         slots=(Slot.GATE,),
         changes=frozenset({Resource.EVERY_CALL}),
         needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     interval: int = knob(2, "steps to each call that runs; more save more", low=1)

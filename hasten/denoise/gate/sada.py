@@ -15,34 +15,28 @@ flow model the bend is that of a straight line: zero, so stable. Not as in the c
 the noise schedule's rate at one of the thousand training timesteps, so that its foretold state lies
 one of those ahead and not a whole step (`reach=timestep`). By the whole step fewer calls come
 nearer to the full run, and making the clean sample from `ahead` pays as the paper says it does; by
-the code's it is worse than from the solver's own state. Ours: the ranges are shares of the steps, where the code has numbers for 50; one decision, and one set of
-tokens, for the whole batch; the tokens' true positions, where the code lays them out anew.
+the code's it is worse than from the solver's own state. Ours: the ranges are shares of the steps,
+where the code has numbers for 50; one decision, and one set of tokens, for the whole batch; the
+tokens' true positions, where the code lays them out anew.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.denoise.blocks import BlockCall
-from hasten.denoise.gate.history import (
-    Nodes,
-    clean_sample,
-    late_step,
-    mean_part,
-    output_for,
-    window,
-    with_mean_part,
-)
+from hasten.denoise.gate.history import Nodes, mean_part, output_for, with_mean_part
+from hasten.denoise.gate.late import LateGate, Skips
 from hasten.denoise.gate.token_choice import TokenCache
 from hasten.denoise.levels import Level, is_flow, level
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
-from hasten.denoise.slots import Block, Gate
+from hasten.denoise.slots import Block
 from hasten.denoise.state.tokens import check_tokens
 from hasten.errors import SubjectError
 from hasten.technique import (
@@ -63,33 +57,26 @@ AHEAD = (0.625, 0.75, -0.375)
 _NOISY = ("DDPM", "EulerAncestral", "KDPM2Ancestral", "DPMSolverSDE", "LCM", "TCD")
 
 
-@dataclass
-class State:
+@dataclass(kw_only=True)
+class State(Skips):
     """One call.
 
     Attributes:
         slopes: the last three of the sample, one for each step, newest last.
-        nodes: clean samples of single steps, for the late polynomial.
         tokens: which tokens the next step computes, and what blocks made of the others.
         luck: chance for the ablation that decides at random.
         ahead: the state that is foretold for the next step, as `alpha * clean + sigma * noise`.
-        skips: how many steps were skipped in a row, the next one counted if it will be.
-        drop, late: whether the next step is skipped, and whether by the late rule.
     """
 
-    slopes: deque[Tensor]
-    nodes: Nodes
+    slopes: deque[Tensor] = field(default_factory=lambda: deque(maxlen=3))
     tokens: TokenCache
     luck: torch.Generator
     ahead: Tensor | None = None
-    skips: int = 0
-    drop: bool = False
-    late: bool = False
 
 
 @technique("sada")
 @dataclass(frozen=True, kw_only=True)
-class Sada(Gate, Block):
+class Sada(LateGate, Block):
     """Skips calls where the trajectory bends towards what was foretold."""
 
     card: ClassVar[Card] = Card(
@@ -123,6 +110,7 @@ class Sada(Gate, Block):
         reads=frozenset({Resource.TRAJECTORY}),
         changes=frozenset({Resource.EVERY_CALL}),
         needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     start: float = knob(0.2, "share of the steps before which all run", low=0.0, high=1.0)
@@ -164,11 +152,11 @@ class Sada(Gate, Block):
         """Without its token part it leaves blocks and tokens to others."""
         if self.tokens == 0.0:
             return self.contract
-        return Contract(
+        return replace(
+            self.contract,
             slots=(Slot.GATE, Slot.BLOCK),
-            reads=self.contract.reads,
             changes=self.contract.changes | {Resource.TOKEN_SET},
-            needs=self.contract.needs,
+            runners=frozenset({"eager"}),  # each number of tokens would be a graph of its own
         )
 
     def check(self, pipe: Any) -> None:
@@ -192,14 +180,14 @@ class Sada(Gate, Block):
         """See `DenoiseTechnique.begin`."""
         luck = torch.Generator().manual_seed(self.seed)
         tokens = TokenCache(self.name, self.max_skips, self.tokens)
-        return State(deque(maxlen=3), Nodes(self.terms_late), tokens, luck)
+        return State(nodes=Nodes(self.terms_late), tokens=tokens, luck=luck)
 
     def decide(self, state: State, run: Run, call: Call) -> bool:
         """See `Gate.decide`; the step before has decided."""
         if state.drop:
             state.tokens.skipped(run.index)
         else:
-            state.tokens.begin_step(run, window(run, self.start, self.end))
+            state.tokens.begin_step(run, self.window(run))
         return not state.drop
 
     def block(self, state: State, run: Run, call: BlockCall) -> Any:
@@ -221,41 +209,36 @@ class Sada(Gate, Block):
                 output = with_mean_part(2 * newest - before, output)
             return output
         here = run.level(step)
-        if not step.ran and state.late and len(state.nodes) > 1:
-            run.activity["sada.interpolated"] += 1
-            output = output_for(here, state.nodes.at(step.index), output, step.sample)
-        elif not step.ran and self.rebuild == "ahead":
-            assert state.ahead is not None
-            run.activity["sada.predicted"] += 1
-            clean = here.clean(mean, state.ahead / here.scale)
-            output = output_for(here, clean, output, step.sample)
+        late = self.interpolated(state, run, step)
+        if late is not None:
+            output = late
         elif not step.ran:
             run.activity["sada.predicted"] += 1
+            if self.rebuild == "ahead":
+                assert state.ahead is not None
+                clean = here.clean(mean, state.ahead / here.scale)
+                output = output_for(here, clean, output, step.sample)
         state.slopes.append(_slope(run, step, here, mean))
-        if step.index % self.late_interval == 1:
-            state.nodes.add(step.index, clean_sample(here, output, step.sample))
+        self.add_node(state, run, step, output)
         return output
 
     def stepped(self, state: State, run: Run, step: Step) -> None:
         """Decide whether the next call is dropped, and else which tokens it computes."""
-        inside = window(run, self.start, self.end)
-        state.drop = False
-        if step.index not in inside or len(state.slopes) < 3:
-            state.skips = 0
+        if step.index not in self.window(run) or len(state.slopes) < 3:
+            state.follow(False, self.max_skips)
             return
         product = self._product(state, run, step)
-        state.late = step.index >= late_step(run, self.late, self.late_interval)
-        if state.late:
-            wanted = step.index % self.late_interval != 0
-        elif self.criterion == "random":
-            wanted = bool(torch.rand((), generator=state.luck) < 0.5)
-        else:
-            stable = float(product.mean()) <= 0.0
-            wanted = stable == (self.criterion == "stable")
-        state.drop = wanted and state.skips < self.max_skips
-        state.skips = state.skips + 1 if state.drop else 0
+        wanted = self.late_rule(state, run, step)
+        state.follow(self._wanted(state, product) if wanted is None else wanted, self.max_skips)
         if self.tokens > 0.0 and not state.drop:
             state.tokens.choose(product, state.luck)
+
+    def _wanted(self, state: State, product: Tensor) -> bool:
+        """Whether the criterion skips the next step."""
+        if self.criterion == "random":
+            return bool(torch.rand((), generator=state.luck) < 0.5)
+        stable = float(product.mean()) <= 0.0
+        return stable == (self.criterion == "stable")
 
     def _product(self, state: State, run: Run, step: Step) -> Tensor:
         """What is not above zero in the mean where the step is stable, place by place."""

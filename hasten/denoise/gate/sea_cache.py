@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -30,7 +30,7 @@ class SeaCache(DiffusersCache):
         {"threshold": 0.0},
         notes="Does nothing where the network's input is already cut into tokens.",
     )
-    contract: ClassVar[Contract] = CONTRACT
+    contract: ClassVar[Contract] = replace(CONTRACT, runners=frozenset({"eager", "compiled"}))
 
     threshold: float = knob(
         0.25, "summed relative change up to which blocks are skipped; higher skips more", low=0.0

@@ -13,16 +13,15 @@ the straight line too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.denoise.gate.history import Nodes, clean_sample, late_step, output_for, window
+from hasten.denoise.gate.history import Nodes
+from hasten.denoise.gate.late import LateGate, Skips
 from hasten.denoise.levels import is_flow
-from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
-from hasten.denoise.slots import Gate
 from hasten.errors import SubjectError
 from hasten.technique import (
     Card,
@@ -37,30 +36,22 @@ from hasten.technique import (
 )
 
 
-@dataclass
-class State:
+@dataclass(kw_only=True)
+class State(Skips):
     """One call.
 
     Attributes:
         fresh: (step, output after guidance) of the last steps that ran, newest first.
         ahead: the straight line's value one step on; made once for a run of skips.
-        nodes: clean samples of single steps, for the polynomial.
-        skips: how many steps were skipped in a row, the next one counted if it will be.
-        drop: whether the next step is skipped.
-        late: whether it was dropped by the late rule.
     """
 
-    fresh: list[tuple[int, Tensor]]
-    nodes: Nodes
+    fresh: list[tuple[int, Tensor]] = field(default_factory=list)
     ahead: Tensor | None = None
-    skips: int = 0
-    drop: bool = False
-    late: bool = False
 
 
 @technique("zeus")
 @dataclass(frozen=True, kw_only=True)
-class Zeus(Gate):
+class Zeus(LateGate):
     """Second-order prediction of outputs, by turns with their reuse."""
 
     card: ClassVar[Card] = Card(
@@ -93,6 +84,7 @@ class Zeus(Gate):
         reads=frozenset({Resource.TRAJECTORY}),
         changes=frozenset({Resource.EVERY_CALL}),
         needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     skip: int = knob(
@@ -119,47 +111,37 @@ class Zeus(Gate):
 
     def begin(self, run: Run, bound: Any) -> State:
         """See `DenoiseTechnique.begin`."""
-        return State([], Nodes(self.terms_late))
+        return State(nodes=Nodes(self.terms_late))
 
-    def decide(self, state: State, run: Run, call: Call) -> bool:
-        """See `Gate.decide`; the step before has decided."""
-        return not state.drop
+    def window(self, run: Run) -> range:
+        """See `LateGate.window`."""
+        return super().window(run) if self.skip else range(0)
 
     def correct(self, state: State, run: Run, step: Step) -> Tensor:
         """The output that the solver is given: what was computed, or what stands for it."""
+        output = self.interpolated(state, run, step)
         if step.ran:
             state.ahead, state.skips = None, 0
             keep = 3 if self.predictor == "quadratic" else 2
             state.fresh = [(step.index, step.output), *state.fresh][:keep]
             output = step.output
-        elif state.late and len(state.nodes) > 1:
-            run.activity["zeus.interpolated"] += 1
-            clean = state.nodes.at(step.index)
-            output = output_for(run.level(step), clean, step.output, step.sample)
-        else:
+        elif output is None:
             output = self._predicted(state, run)
-        if step.index % self.late_interval == 1 and self._interpolates(run, step):
-            state.nodes.add(step.index, clean_sample(run.level(step), output, step.sample))
+        if self._interpolates(run, step):
+            self.add_node(state, run, step, output)
         return output
 
     def stepped(self, state: State, run: Run, step: Step) -> None:
         """Decide whether the next call is dropped."""
-        first = late_step(run, self.late, self.late_interval)
-        state.late = step.index >= first
-        if state.late:
-            wanted = step.index % self.late_interval != 0
-        else:
+        wanted = self.late_rule(state, run, step)
+        if wanted is None:
             wanted = step.index % self.period < self.skip
-        allowed = step.index in self._window(run) and state.skips < self.max_skips
-        state.drop = wanted and allowed and len(state.fresh) > 1
-        state.skips = state.skips + 1 if state.drop else 0
-
-    def _window(self, run: Run) -> range:
-        return window(run, self.start, self.end) if self.skip else range(0)
+        allowed = step.index in self.window(run) and len(state.fresh) > 1
+        state.follow(wanted and allowed, self.max_skips)
 
     def _interpolates(self, run: Run, step: Step) -> bool:
         """Whether late steps go by the clean sample."""
-        if is_flow(run.scheduler) or not self._window(run):
+        if is_flow(run.scheduler) or not self.window(run):
             return False
         try:
             run.level(step)

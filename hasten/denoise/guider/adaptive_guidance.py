@@ -10,9 +10,9 @@ scalar coefficients that `prepare` fits for a number of steps and a guidance sca
 in the first half of sampling every other step runs both branches; all others take it from the fit,
 until the sample has switched.
 
-The paper compares the networks' predictions of noise. A network that predicts a flow speaks of no
-noise but the sample itself where sampling begins, so for those the predicted clean samples are
-compared, as widely used ports do.
+The paper compares the networks' predictions of noise. While there is much of it, those are nearly
+equal whatever the caption, and a network that predicts a flow speaks of no noise but the sample
+itself. So the predicted clean samples are compared, as widely used ports do, at a threshold for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hasten.denoise.guidance import like
 from hasten.denoise.guider.linear import Way, fit_pipeline, predict
-from hasten.denoise.levels import is_flow
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider
@@ -93,26 +92,28 @@ class AdaptiveGuidance(Guider):
         notes=(
             "Saves at most the unconditional branch, half of a guided model's work. Without guidance "
             "there is nothing to leave out, and it is inactive. Pipelines that run the unconditional "
-            "branch first, in a call of its own, keep it."
+            "branch first, in a call of its own, keep it. The paper compares noise, at 0.99 or "
+            "so: in the models of the zoo that stops guiding at once."
         ),
     )
     part_knobs: ClassVar[tuple[str, ...]] = ("linear", "steps")
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.GUIDER,), needs=frozenset({Resource.TRAJECTORY})
+        slots=(Slot.GUIDER,),
+        needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     threshold: float = knob(
-        0.99,
+        0.995,
         "cosine between the branches from which a sample is guided no more; lower saves more and "
         "drifts more; 1 never stops, -1 stops after the first step",
         low=-1.0,
         high=NEVER,
     )
     compare_as: str = knob(
-        "auto",
-        "what is compared: predicted noise, predicted clean samples, or the network's output; auto "
-        "takes noise, and clean samples of a flow",
-        choices=("auto", "noise", "clean", "output"),
+        "clean",
+        "what is compared: predicted clean samples, predicted noise, or the network's output",
+        choices=("clean", "noise", "output"),
     )
     linear: bool = knob(
         False, "take other unconditional predictions from a fit; saves more, drifts more (LinearAG)"
@@ -193,17 +194,14 @@ class AdaptiveGuidance(Guider):
 
     def cosine(self, run: Run, conditional: Tensor, unconditional: Tensor, step: Step) -> Tensor:
         """(samples,) cosine between both branches' predictions, on the CPU."""
-        what = self.compare_as
-        if what == "auto":
-            what = "clean" if is_flow(run.scheduler) else "noise"
         assert run.guidance is not None
         pair = [
             like(output, step.sample).double() * run.guidance.sign
             for output in (conditional, unconditional)
         ]
-        if what != "output":
+        if self.compare_as != "output":
             level, sample = run.level(step), step.sample.double()
-            speak = level.clean if what == "clean" else level.noise
+            speak = level.clean if self.compare_as == "clean" else level.noise
             pair = [speak(output, sample) for output in pair]
         first, second = (tensor.flatten(1) for tensor in pair)
         product = (first * second).sum(dim=1)

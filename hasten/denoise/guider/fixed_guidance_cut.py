@@ -42,7 +42,9 @@ class FixedGuidanceCut(Guider):
         ),
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.GUIDER,), needs=frozenset({Resource.TRAJECTORY})
+        slots=(Slot.GUIDER,),
+        needs=frozenset({Resource.TRAJECTORY}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     first: float = knob(0.0, "share of the steps after which guidance begins", low=0.0, high=1.0)

@@ -1,33 +1,41 @@
-"""AutoDiffusion: the timesteps of a short sampler are searched for, not spread evenly.
+"""AutoDiffusion: the timesteps of a short sampler are searched for, and the layers that run at each.
 
 "AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion
 Model Acceleration" (arXiv 2309.10438), after the reference code. `prepare` runs an evolutionary search
 over lists of timesteps. A list is worth the Frechet distance between features of what it draws, from
 the same noises each time, and features of reference pictures. The pipeline then walks the list with
-its own solver, whose coefficients follow the uneven gaps.
+its own solver, whose coefficients follow the uneven gaps. Below `layers=1` the first half of the
+search is for timesteps with the whole network; the other half leaves layers out as well, so many over
+all steps, and goes on with the best lists of the first. A layer that is left out adds nothing: in a
+transformer these are whole blocks, in a U-Net residual and attention layers, of which the shortcut
+stays where it changes the number of channels.
 
 Ours: features come from the judge of scenes unless a function is given; reference pictures are real
 scenes for the models of the zoo, and the pipeline's own at many steps for any other. The covariance
-is shrunk, because few pictures are drawn. The search over layers that are left out is not built.
+is shrunk, because few pictures are drawn. Every list leaves out exactly as much as the budget asks
+for, at any step, where the code has a bound on the sum and one for each step. A mutation exchanges
+left out layers for others, as the paper says; in the code it compares and assigns nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from hasten.denoise.inputs import call_arguments
+from hasten.denoise.block.residual import through
+from hasten.denoise.blocks import BlockCall
+from hasten.denoise.blocks import layers as layers_of
 from hasten.denoise.levels import is_flow
-from hasten.denoise.run import Run, Slots
-from hasten.denoise.schedule.evolution import Evolution, Genome
+from hasten.denoise.network import networks
+from hasten.denoise.run import Run
+from hasten.denoise.schedule.evolution import Evolution, Gene, Genome, full
+from hasten.denoise.schedule.fitness import Fitness
 from hasten.denoise.schedule.grid import check_grid, set_grid, times, training_steps
-from hasten.denoise.slots import Schedule
-from hasten.errors import HastenError
+from hasten.denoise.slots import Block, Schedule
+from hasten.errors import HastenError, SubjectError
 from hasten.technique import (
     Card,
     Claim,
@@ -41,19 +49,17 @@ from hasten.technique import (
     technique,
 )
 
-Features = Callable[[Tensor], Tensor]
-"""Takes (n, 3, height, width) pictures from 0 to 1; gives (n, dim) features."""
+if TYPE_CHECKING:
+    from hasten.preparation import Preparation
 
 PARENTS = 0.2  # share of a generation from whose number of best lists new ones are made
 COUNT = "num_inference_steps"
-REFERENCE_STEPS = 50  # of a pipeline's own pictures that it is compared with
-SHRINK = 0.05  # of the covariance, towards its mean variance
 
 
 @technique("auto_diffusion")
 @dataclass(frozen=True, kw_only=True)
-class AutoDiffusion(Schedule):
-    """Walks a few timesteps that a search has found."""
+class AutoDiffusion(Schedule, Block):
+    """Walks a few timesteps that a search has found, each with the layers that it has chosen."""
 
     card: ClassVar[Card] = Card(
         title="AutoDiffusion: Training-Free Optimization of Time Steps and Architectures",
@@ -72,16 +78,25 @@ class AutoDiffusion(Schedule):
             "The list belongs to a number of steps, a solver and a guidance scale; prepare again where "
             "one of them changes. The search draws (generations + 1) * population * samples pictures, "
             "and none of that is in any time that is reported. It takes the place of the number of "
-            "steps that a call asks for."
+            "steps that a call asks for. To spend the work of so many whole steps on more of them, "
+            "raise steps and lower layers by the same factor."
         ),
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.SCHEDULE,), changes=frozenset({Resource.TIMESTEPS})
+        slots=(Slot.SCHEDULE,),
+        changes=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
-    part_knobs: ClassVar[tuple[str, ...]] = ("steps", "search", "seed")
+    part_knobs: ClassVar[tuple[str, ...]] = ("steps", "layers", "search", "seed")
 
     steps: int = knob(
         4, "timesteps that are walked; fewer gain more from a search", low=1, high=100
+    )
+    layers: float = knob(
+        1.0,
+        "share of the pairs of a step and a layer that run; below 1 layers are searched for too",
+        low=0.1,
+        high=1.0,
     )
     search: str = knob(
         "evolution",
@@ -94,14 +109,33 @@ class AutoDiffusion(Schedule):
     batch: int = knob(32, "pictures that are drawn together in the search", low=1)
     seed: int = knob(0, "seed of the search and of its noises", low=0)
 
+    def terms(self) -> Contract:
+        """Where layers are left out nothing else may act on blocks."""
+        if self.layers == 1.0:
+            return self.contract
+        # A U-Net is compiled as a whole, and what runs in it would be the same at every step.
+        return replace(
+            self.contract, slots=(Slot.SCHEDULE, Slot.BLOCK), runners=frozenset({"eager"})
+        )
+
     def check(self, pipe: Any) -> None:
         """See `DenoiseTechnique.check`."""
         check_grid(pipe.scheduler, self.name)
+        network = networks(pipe)[0]
+        if self.layers < 1.0 and not layers_of(network):
+            raise SubjectError(
+                f"{self.name} leaves out transformer blocks, or residual and attention layers of a U-Net, and "
+                f"{type(network).__name__} has none; use layers=1."
+            )
 
     # -- use ---------------------------------------------------------------------------------------
     def bind(self, model: torch.nn.Module, parts: Parts) -> Genome:
         """The list that was found."""
-        return tuple(parts["timesteps"].double().tolist())
+        found = full(parts["timesteps"].double().tolist())
+        if "left_out" not in parts:
+            return found
+        rows = [frozenset(row.nonzero()[:, 0].tolist()) for row in parts["left_out"]]
+        return tuple(Gene(gene.time, row) for gene, row in zip(found, rows, strict=True))
 
     def begin(self, run: Run, bound: Genome) -> Genome:
         """See `DenoiseTechnique.begin`."""
@@ -120,154 +154,95 @@ class AutoDiffusion(Schedule):
 
     def plan(self, state: Genome, run: Run) -> None:
         """Give the scheduler the list."""
-        own = times(run.scheduler)
-        set_grid(run, state)
-        if list(state) != own:
-            run.activity[f"{self.name}.steps_moved"] += sum(t not in own for t in state)
+        own, wanted = times(run.scheduler), [gene.time for gene in state]
+        set_grid(run, wanted)
+        if wanted != own:
+            run.activity[f"{self.name}.steps_moved"] += sum(t not in own for t in wanted)
+
+    def block(self, state: Genome, run: Run, call: BlockCall) -> Any:
+        """See `Block.block`."""
+        if call.index not in state[run.first + run.index].left_out:
+            return call.compute()
+        run.activity[f"{self.name}.layers_left_out"] += 1
+        return through(call)
 
     # -- the search --------------------------------------------------------------------------------
-    def prepare(self, preparation: Any) -> Parts:
-        """Search for a list: "timesteps" (steps,), "curve" of the best fitness, "uniform" one's.
+    def prepare(self, preparation: Preparation) -> Parts:
+        """Search for a list: "timesteps" (steps,), and "curve", the best distance of each generation.
 
+        With them come "uniform", the distance of the even list; and where layers are left out
+        "left_out" (steps, layers) bool, and "steps_curve" of the search with the whole network.
         `preparation.arguments` may hold "features", a function of pictures, and "real", pictures or
         their features, beside arguments of the pipeline's call.
         """
-        self.check(preparation.subject.pipe)
+        pipe = preparation.subject.pipe
+        self.check(pipe)
         judge = Fitness.of(self, preparation)
         uniform = judge.uniform()
-        scheduler = preparation.subject.pipe.scheduler
-        evolution = Evolution(
-            judge,
-            training_steps(scheduler),
-            1 if is_flow(scheduler) else 0,
-            torch.Generator().manual_seed(self.seed),
-        )
+        known = {uniform: judge(uniform)}
+        luck = torch.Generator().manual_seed(self.seed)
+        evolution = self._evolution(judge, known, luck)
         generations = self.generations if preparation.steps is None else preparation.steps
         total = generations + 1
+        curves, best = {}, list[Genome]()
         for number in range(total):
-            if self.search == "random":
-                lists = [uniform] * (number == 0)
-                lists += [evolution.random(self.steps) for _ in range(self.population - len(lists))]
-            elif number == 0:
-                lists = evolution.first(uniform, self.population)
-            else:
-                lists = evolution.next(self.population, max(2, round(PARENTS * self.population)))
-            evolution.look(lists)
+            if number == self._first_stage(total):
+                if number:
+                    curves["steps_curve"] = evolution.curve
+                layers = len(layers_of(networks(pipe)[0]))
+                evolution = self._evolution(judge, known, luck, layers)
+            evolution.look(self._generation(evolution, best, uniform))
+            best = evolution.ranked(max(2, round(PARENTS * self.population)))
             preparation.tick(number + 1, total, f"distance {evolution.curve[-1]:.4g}")
-        return {
-            "timesteps": torch.tensor(evolution.best, dtype=torch.float64),
-            "curve": torch.tensor(evolution.curve, dtype=torch.float64),
-            "uniform": torch.tensor(evolution.found[uniform], dtype=torch.float64),
+        curves["curve"] = evolution.curve
+        return self._parts(best[0], evolution.num_layers) | {
+            name: torch.tensor(values, dtype=torch.float64)
+            for name, values in [*curves.items(), ("uniform", known[uniform])]
         }
 
+    def _first_stage(self, total: int) -> int:
+        """Generations that search for timesteps alone; search by chance makes nothing of them."""
+        if self.layers == 1.0:
+            return total
+        return 0 if self.search == "random" else total // 2
 
-@dataclass
-class Fitness:
-    """What a list of timesteps is worth on a pipeline.
+    def _evolution(
+        self,
+        judge: Fitness,
+        known: dict[Genome, float],
+        luck: torch.Generator,
+        num_layers: int = 0,
+    ) -> Evolution:
+        """A search that has not begun; with `num_layers` one that leaves layers out."""
+        scheduler = judge.pipe.scheduler
+        pairs = self.steps * num_layers
+        return Evolution(
+            lambda genome: known[genome] if genome in known else judge(genome),
+            training_steps(scheduler),
+            1 if is_flow(scheduler) else 0,
+            luck,
+            num_layers,
+            pairs - round(self.layers * pairs),
+        )
 
-    Attributes:
-        arguments: of the pipeline's call, for each batch of prompts.
-        real: (n, dim) features of reference pictures.
-    """
+    def _generation(
+        self, evolution: Evolution, best: list[Genome], uniform: Genome
+    ) -> list[Genome]:
+        """The next lists to judge."""
+        if self.search == "random":
+            lists = [] if best else [evolution.fitted(uniform)]
+            missing = self.population - len(lists)
+            return lists + [evolution.random(len(uniform)) for _ in range(missing)]
+        if not best:
+            return evolution.first(uniform, self.population)
+        return evolution.next(self.population, best)
 
-    technique: AutoDiffusion
-    pipe: Any
-    features: Features
-    arguments: list[dict[str, Any]]
-    real: Tensor
-
-    @classmethod
-    def of(cls, technique: AutoDiffusion, preparation: Any) -> Fitness:
-        """For a preparation, with its prompts, features and reference."""
-        given = dict(preparation.arguments)
-        features = given.pop("features", None) or scene_features()
-        real = given.pop("real", None)
-        pipe, batch = preparation.subject.pipe, technique.batch
-        chance = torch.Generator().manual_seed(technique.seed)
-        prompts = preparation.draw(technique.samples, chance)
-        arguments = [
-            call_arguments(pipe, prompts[i : i + batch], output_type="pt", **given)
-            for i in range(0, len(prompts), batch)
-        ]
-        made = cls(technique, pipe, features, arguments, torch.empty(0))
-        made.real = made._reference(preparation, real)
-        return made
-
-    def _reference(self, preparation: Any, real: Any) -> Tensor:
-        if real is not None:
-            return real if real.ndim == 2 else self.features(real)
-        if preparation.subject.name.startswith("scenes-"):
-            from hasten.zoo.scenes.caption import prompts
-            from hasten.zoo.scenes.render import render
-
-            size = self.draw(None)[:1].shape[-1]
-            scenes = [scene for _, scene in prompts(self.technique.samples, preparation.seed)]
-            return self.features(render(scenes, size))
-        return self.features(self.draw(None, steps=REFERENCE_STEPS))
-
-    def uniform(self) -> Genome:
-        """The scheduler's own list."""
-        self._call(self.arguments[0], 0, None, self.technique.steps)
-        return tuple(times(self.pipe.scheduler))
-
-    def __call__(self, genome: Genome) -> float:
-        return frechet(self.features(self.draw(genome)), self.real)
-
-    def draw(self, genome: Genome | None, *, steps: int | None = None) -> Tensor:
-        """(samples, 3, height, width) pictures, always from the same noises."""
-        steps = steps or self.technique.steps
-        first, parts = 0, []
-        for arguments in self.arguments:
-            parts.append(self._call(arguments, first, genome, steps))
-            first += len(parts[-1])
-        pictures = torch.cat(parts)
-        return pictures.flatten(0, 1) if pictures.ndim == 5 else pictures
-
-    def _call(
-        self, arguments: dict[str, Any], first: int, genome: Genome | None, steps: int
-    ) -> Tensor:
-        count = len(arguments.get("prompt") or arguments["class_labels"])
-        seeds = [self.technique.seed * 1_000_003 + first + i for i in range(count)]
-        run = Run(self.pipe, Slots())
-        if genome is not None:
-            run = Run(self.pipe, Slots(schedule=(self.technique, genome)))
-        given = {
-            "num_inference_steps": steps,
-            **arguments,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        }
-        with run.attached():
-            made = self.pipe(**given)
-        pictures = made[0] if isinstance(made, tuple) else next(iter(made.values()))
-        return torch.as_tensor(pictures).float().cpu()
-
-
-def scene_features() -> Features:
-    """Features of the judge of scenes, which ships with hasten."""
-    from hasten.zoo.scenes.judge import features, load_judge
-
-    judge = load_judge()
-    return lambda pictures: features(judge, pictures)
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, (n, dim) each.
-
-    Covariances are shrunk a little towards a ball, which few samples need.
-    """
-    means, roots = [], []
-    for values in (first.double(), second.double()):
-        means.append(values.mean(dim=0))
-        covariance = torch.cov(values.T).reshape(values.shape[1], values.shape[1])
-        ball = torch.eye(len(covariance), dtype=torch.float64) * covariance.diagonal().mean()
-        roots.append((1 - SHRINK) * covariance + SHRINK * ball)
-    apart = (means[0] - means[1]).square().sum()
-    root = _root(roots[0])
-    between = _root(root @ roots[1] @ root)
-    return float(apart + (roots[0] + roots[1] - 2 * between).diagonal().sum())
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    def _parts(self, genome: Genome, num_layers: int) -> Parts:
+        """A list as tensors."""
+        parts = {"timesteps": torch.tensor([gene.time for gene in genome], dtype=torch.float64)}
+        if self.layers < 1.0:
+            left_out = torch.zeros(len(genome), num_layers, dtype=torch.bool)
+            for row, gene in zip(left_out, genome, strict=True):
+                row[sorted(gene.left_out)] = True
+            parts["left_out"] = left_out
+        return parts

@@ -1,18 +1,41 @@
-"""An evolutionary search over lists of timesteps; what a list is worth, a function says."""
+"""An evolutionary search over lists of steps; what a list is worth, a function says.
+
+A step is a timestep and, where a budget asks for it, the layers that are left out at it. All lists of
+a search leave out as many pairs of a step and a layer.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-Genome = tuple[float, ...]
-"""Distinct timesteps, falling."""
-
-MUTATION = 0.1  # chance by which each entry is replaced
+MUTATION = 0.1  # chance by which each timestep, and each left out layer, is replaced
 TRIES = 10  # so many times as many attempts as lists are wanted
+
+
+class Gene(NamedTuple):
+    """One step: its timestep, and the numbers of the layers that do not run at it."""
+
+    time: float
+    left_out: frozenset[int] = frozenset()
+
+
+Genome = tuple[Gene, ...]
+"""Steps whose timesteps are distinct and fall."""
+
+
+def full(times: Iterable[float]) -> Genome:
+    """A list of timesteps at which all layers run."""
+    return tuple(Gene(float(time)) for time in times)
+
+
+def count_left_out(genome: Genome) -> int:
+    """Pairs of a step and a layer that do not run."""
+    return sum(len(gene.left_out) for gene in genome)
 
 
 @dataclass
@@ -22,6 +45,8 @@ class Evolution:
     Attributes:
         fitness: what a list is worth; lower is better. Asked once for each list.
         limit: timesteps are whole numbers below this, shifted by `offset`.
+        num_layers: that may be left out at each step.
+        num_left_out: pairs of a step and a layer that each list leaves out.
         found: all lists that were looked at, with their fitness.
         curve: the best fitness so far, after each generation.
     """
@@ -30,13 +55,19 @@ class Evolution:
     limit: int
     offset: int
     generator: torch.Generator
+    num_layers: int = 0
+    num_left_out: int = 0
     found: dict[Genome, float] = field(default_factory=dict)
     curve: list[float] = field(default_factory=list)
 
     @property
     def best(self) -> Genome:
         """The best list so far; the one seen first where several are as good."""
-        return min(self.found, key=lambda genome: self.found[genome])
+        return self.ranked(1)[0]
+
+    def ranked(self, count: int) -> list[Genome]:
+        """The best lists so far, best first."""
+        return sorted(self.found, key=lambda genome: self.found[genome])[:count]
 
     def look(self, genomes: Iterable[Genome]) -> None:
         """Judge lists, and note the best of all so far."""
@@ -48,22 +79,24 @@ class Evolution:
     # -- generations -------------------------------------------------------------------------------
     def first(self, uniform: Genome, count: int) -> list[Genome]:
         """The first generation: the uniform list, random ones, and mutants of the uniform one."""
-        made = [uniform]
+        made = [self.fitted(uniform)]
         made += self._fresh(lambda: self.random(len(uniform)), (count - 1) // 2, made)
         made += self._fresh(lambda: self.mutant(uniform), count - len(made), made)
         return self._filled(made, count, len(uniform))
 
-    def next(self, count: int, parents: int) -> list[Genome]:
-        """A later generation: mutants and crossings of the best of everything seen."""
-        ranked = sorted(self.found, key=lambda genome: self.found[genome])[:parents]
+    def next(self, count: int, parents: list[Genome]) -> list[Genome]:
+        """A later generation: mutants and crossings of lists, such as the best of all so far.
+
+        They may come from another search, which left out fewer layers or none.
+        """
         made: list[Genome] = []
-        made += self._fresh(lambda: self.mutant(self._one_of(ranked)), count // 2, made)
+        made += self._fresh(lambda: self.mutant(self._one_of(parents)), count // 2, made)
         made += self._fresh(
-            lambda: self.crossing(self._one_of(ranked), self._one_of(ranked)),
+            lambda: self.crossing(self._one_of(parents), self._one_of(parents)),
             count - count // 2,
             made,
         )
-        return self._filled(made, count, len(ranked[0]))
+        return self._filled(made, count, len(parents[0]))
 
     def _fresh(
         self, make: Callable[[], Genome | None], count: int, others: list[Genome]
@@ -85,28 +118,62 @@ class Evolution:
     def random(self, length: int) -> Genome:
         """A list by chance."""
         order = torch.randperm(self.limit, generator=self.generator)[:length]
-        return _falling(float(t) + self.offset for t in order.tolist())
+        return self.fitted(_falling(Gene(float(t) + self.offset) for t in order.tolist()))
 
     def mutant(self, genome: Genome) -> Genome | None:
-        """A list with some entries replaced by unused timesteps; None where nothing changed."""
+        """A list with some timesteps and left out layers replaced by others; None if by none."""
         swapped = torch.rand(len(genome), generator=self.generator) < MUTATION
-        entries = [t for t, out in zip(genome, swapped.tolist(), strict=True) if not out]
-        while len(entries) < len(genome):
-            new = float(torch.randint(self.limit, (), generator=self.generator)) + self.offset
-            if new not in entries:
-                entries.append(new)
-        made = _falling(entries)
+        taken = {gene.time for gene, out in zip(genome, swapped.tolist(), strict=True) if not out}
+        genes = []
+        for gene, out in zip(genome, swapped.tolist(), strict=True):
+            time = self._unused(taken) if out else gene.time
+            taken.add(time)
+            genes.append(Gene(time, self._thinned(gene.left_out)))
+        made = self.fitted(_falling(genes))
         return made if made != genome else None
 
     def crossing(self, first: Genome, second: Genome) -> Genome | None:
-        """Each entry from one of two lists; None where the result is no falling list."""
+        """Each step from one of two lists; None where the result does not fall."""
         picks = (torch.rand(len(first), generator=self.generator) < 0.5).tolist()
         made = tuple(a if pick else b for a, b, pick in zip(first, second, picks, strict=True))
-        return made if all(a > b for a, b in itertools.pairwise(made)) else None
+        if not all(a.time > b.time for a, b in itertools.pairwise(made)):
+            return None
+        return self.fitted(made)
+
+    def fitted(self, genome: Genome) -> Genome:
+        """The list with as many layers left out as the budget asks for; which, chance says."""
+        missing = self.num_left_out - count_left_out(genome)
+        if missing == 0:
+            return genome
+        pairs = [
+            (step, layer)
+            for step, gene in enumerate(genome)
+            for layer in range(self.num_layers)
+            if (layer in gene.left_out) == (missing < 0)
+        ]
+        order = torch.randperm(len(pairs), generator=self.generator).tolist()
+        turned = {pairs[i] for i in order[: abs(missing)]}
+        return tuple(
+            Gene(gene.time, gene.left_out ^ {layer for at, layer in turned if at == step})
+            for step, gene in enumerate(genome)
+        )
+
+    def _unused(self, taken: set[float]) -> float:
+        while True:
+            time = float(torch.randint(self.limit, (), generator=self.generator)) + self.offset
+            if time not in taken:
+                return time
+
+    def _thinned(self, left_out: frozenset[int]) -> frozenset[int]:
+        """Without some, for which others are left out then."""
+        if not left_out:
+            return left_out
+        stays = torch.rand(len(left_out), generator=self.generator) >= MUTATION
+        return frozenset(itertools.compress(sorted(left_out), stays.tolist()))
 
     def _one_of(self, genomes: list[Genome]) -> Genome:
         return genomes[int(torch.randint(len(genomes), (), generator=self.generator))]
 
 
-def _falling(entries: Iterable[float]) -> Genome:
-    return tuple(sorted(entries, reverse=True))
+def _falling(genes: Iterable[Gene]) -> Genome:
+    return tuple(sorted(genes, key=lambda gene: gene.time, reverse=True))

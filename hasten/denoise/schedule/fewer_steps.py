@@ -33,7 +33,9 @@ class FewerSteps(Schedule):
         notes="What any technique that saves calls has to beat at the same number of calls.",
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.SCHEDULE,), changes=frozenset({Resource.TIMESTEPS})
+        slots=(Slot.SCHEDULE,),
+        changes=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     share: float = knob(0.5, "share of the steps that are walked", low=0.0, high=1.0)

@@ -113,7 +113,9 @@ class BottleneckSampling(State, Schedule):
         ),
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.STATE, Slot.SCHEDULE), changes=frozenset({Resource.TIMESTEPS})
+        slots=(Slot.STATE, Slot.SCHEDULE),
+        changes=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     scale: float = knob(

@@ -16,7 +16,7 @@ of several steps forget their past when tokens join.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,7 @@ class JustInTime(State, Schedule):
         slots=(Slot.STATE,),
         changes=frozenset({Resource.TOKEN_SET}),
         needs=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     coarse: float = knob(0.35, "share of the tokens in the first stage", low=0.01, high=1.0)
@@ -126,7 +127,8 @@ class JustInTime(State, Schedule):
         """With levels of its own it fills the schedule's slot too."""
         if self.sigmas == "own":
             return self.contract
-        return Contract(
+        return replace(
+            self.contract,
             slots=(Slot.STATE, Slot.SCHEDULE),
             changes=self.contract.changes | {Resource.TIMESTEPS},
         )

@@ -19,10 +19,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from hasten.denoise.coding import Coder
@@ -31,10 +30,11 @@ from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.schedule.grid import time_of
 from hasten.denoise.slots import State
-from hasten.denoise.state.interpolants import PATHS, Place
-from hasten.denoise.state.rewards import REWARDS, Reward
-from hasten.denoise.state.search import Particle, Rule, Search
-from hasten.denoise.state.sizes import fresh, size_of
+from hasten.denoise.state.interpolants import PATHS
+from hasten.denoise.state.rewards import REWARDS
+from hasten.denoise.state.search import Rule, Search
+from hasten.denoise.state.searches import Progress
+from hasten.denoise.state.sizes import size_of
 from hasten.denoise.state.times import EndlessLoop
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.technique import (
@@ -48,33 +48,6 @@ from hasten.technique import (
     knob,
     technique,
 )
-
-
-@dataclass
-class Progress:
-    """One call.
-
-    Attributes:
-        reward: what is raised; `prompts`: one for each sample.
-        generator: what noise is drawn with.
-        loop: the scheduler's list, made as long as the budget.
-        grid: the path's times; `after`: the flow's times after the search.
-        times: the scheduler's timestep of each of them, one list after the other.
-        coder: decodes estimates for the reward.
-        searches: one for each sample.
-        end: (samples, ...) the samples that are walked on after the search.
-    """
-
-    reward: Reward
-    prompts: list[str] = field(default_factory=list)
-    generator: Any = None
-    loop: EndlessLoop | None = None
-    grid: list[Place] = field(default_factory=list)
-    after: list[float] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    coder: Coder | None = None
-    searches: list[Search] = field(default_factory=list)
-    end: Tensor | None = None
 
 
 @technique("rollover_budget_forcing")
@@ -114,6 +87,7 @@ class RolloverBudgetForcing(State):
         slots=(Slot.STATE,),
         changes=frozenset({Resource.TRAJECTORY}),
         needs=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     budget: int = knob(500, "network evaluations for each sample", low=1)
@@ -161,7 +135,7 @@ class RolloverBudgetForcing(State):
     # -- a call begins -----------------------------------------------------------------------------
     def begin(self, run: Run, bound: Any) -> Progress:
         """See `DenoiseTechnique.begin`."""
-        return Progress(REWARDS[self.reward])
+        return Progress(REWARDS[self.reward], self.budget - self.walk)
 
     def ask(self, state: Progress, run: Run, arguments: dict[str, Any]) -> None:
         """Take the reward out, and ask for as many steps as there are evaluations."""
@@ -220,17 +194,10 @@ class RolloverBudgetForcing(State):
             return
         if not state.searches:
             self._start(state, run, call)
-        if state.end is not None:
-            index = [self.steps + run.index - (self.budget - self.walk)] * len(state.searches)
-            x = state.end
-        else:
-            index = [search.place for search in state.searches]
-            scaled = [s.candidate / state.grid[s.place].c for s in state.searches]
-            x = torch.stack(scaled)
+        x, times = state.given(run.index)
         count = call.rows // len(x)
         shape = call.x.shape[1:]
         call.x = x.reshape(-1, *shape).to(call.x.dtype).repeat(count, *(1,) * len(shape))
-        times = torch.tensor([state.times[i] for i in index], dtype=torch.float64)
         call.timestep = state.loop.told(call.timestep, times).repeat(count)
 
     def _start(self, state: Progress, run: Run, call: Call) -> None:
@@ -254,53 +221,18 @@ class RolloverBudgetForcing(State):
         flow = step.output.float()
         run.activity[f"{self.name}.evaluations"] += len(state.searches)
         if state.end is not None:
-            made = self._walk(state, run, flow)
+            made = state.walk(flow, run.index)
         else:
-            made = self._judge(state, run, flow)
+            made = state.judge(flow, run.pipe.dtype)
+            if run.index + 1 == state.until:
+                made = self._end_search(state, run)
         return made.reshape(step.sample.shape).to(step.sample.dtype)
 
-    def _walk(self, state: Progress, run: Run, flow: Tensor) -> Tensor:
-        """One step of the flow after the search."""
-        assert state.end is not None
-        index = run.index - (self.budget - self.walk)
-        times = [*state.after, 0.0]
-        state.end = state.end + (times[index + 1] - times[index]) * flow.reshape(state.end.shape)
-        return state.end
-
-    def _judge(self, state: Progress, run: Run, flow: Tensor) -> Tensor:
-        assert state.coder is not None
-        cleans, found = [], []
-        for search, velocity in zip(state.searches, flow, strict=True):
-            place = state.grid[search.place]
-            velocity = velocity.reshape(search.candidate.shape)
-            clean = search.candidate / place.c - place.t * velocity
-            cleans.append(clean)
-            found.append(Particle(search.candidate, velocity, clean, 0.0))
-        pictures = state.coder.decode(torch.stack(cleans).to(run.pipe.dtype))
-        rewards = torch.as_tensor(state.reward(pictures, state.prompts)).double().flatten()
-        if len(rewards) != len(found):
-            raise HastenError(
-                f"The reward gave {len(rewards)} values for {len(found)} pictures; it must give one for each."
-            )
-        noise = fresh(torch.stack([s.candidate for s in state.searches]), state.generator)
-        for search, particle, reward, drawn in zip(
-            state.searches, found, rewards.tolist(), noise, strict=True
-        ):
-            particle.reward = reward
-            search.take(particle, drawn)
-        if run.index + 1 < self.budget - self.walk:
-            return torch.stack(cleans)
+    def _end_search(self, state: Progress, run: Run) -> Tensor:
         handed_on = sum(search.rolled_over for search in state.searches)
         if handed_on:
             run.activity[f"{self.name}.rolled_over"] += handed_on
-        winners = [search.winner for search in state.searches]
-        if not self.walk:
-            return torch.stack([w.clean for w in winners if w is not None])
-        last, first = state.grid[-1], state.after[0]
-        state.end = torch.stack(
-            [w.x / last.c + (first - last.t) * w.flow for w in winners if w is not None]
-        )
-        return state.end
+        return state.winners()
 
 
 def _prompts(arguments: dict[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ from hasten.denoise.levels import level
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider, State
+from hasten.denoise.state.moves import estimate, noised_again
 from hasten.denoise.state.stages import Progress, Rows, stage_places
 from hasten.denoise.state.times import EndlessLoop
 from hasten.errors import HastenError
@@ -84,6 +85,7 @@ class StreamDiffusion(State, Guider):
         slots=(Slot.STATE, Slot.GUIDER),
         changes=frozenset({Resource.TRAJECTORY}),
         needs=frozenset({Resource.TIMESTEPS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     stages: int = knob(
@@ -258,47 +260,11 @@ class StreamDiffusion(State, Guider):
         moved: list[Rows] = []
         for stage in range(self.stages):
             part = slice(stage * f, (stage + 1) * f)
-            clean, noise, residual = self._clean(state, rows[part], output[part], stage)
+            done = estimate(self, state, rows[part], output[part], stage)
             if stage + 1 == self.stages:
-                state.session.push(clean, run)
+                state.session.push(done.clean, run)
             else:
-                moved.append(
-                    self._next(state, stage + 1, clean, noise, residual, rows.frames[part])
-                )
+                moved.append(noised_again(self, state, rows.frames[part], done, stage + 1))
         if moved:
             state.waiting = state.session.waiting = Rows.join(moved)
         return step.sample
-
-    def _clean(
-        self, state: Progress, rows: Rows, output: Tensor, stage: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean estimate, guided noise and residual noise of rows at a stage."""
-        at, residual = state.levels[stage], rows.residual
-        noise, clean = at.noise(output, rows.x), at.clean(output, rows.x)
-        if self.residual == "initialize" and stage == 0 and state.pair is not None:
-            unconditional = like(state.pair[1][: len(rows.x)], rows.x)
-            residual = at.noise(unconditional.to(rows.x.dtype), rows.x)
-        if self.residual in ("self", "initialize") and self.guidance > 1.0 and at.alpha > 0.0:
-            noise = noise + (self.guidance - 1.0) * (noise - self.delta * residual)
-            clean = (rows.x - at.sigma * noise) / at.alpha
-        skip, out = state.scalings[stage]
-        return (out * clean + skip * rows.x if skip else clean), noise, residual
-
-    def _next(
-        self,
-        state: Progress,
-        stage: int,
-        clean: Tensor,
-        noise: Tensor,
-        residual: Tensor,
-        frames: Tensor,
-    ) -> Rows:
-        """Rows for their next stage."""
-        assert state.noises is not None
-        at, x = state.levels[stage], state.levels[stage].alpha * clean
-        if self.renoise != "none":
-            own = state.noises[stage].expand_as(x)
-            x = x + at.sigma * (own if self.renoise == "stage" else noise)
-        if self.residual == "self" and at.sigma > 0.0:
-            residual = (x - at.alpha * frames) / at.sigma
-        return Rows(x, frames, residual)

@@ -16,8 +16,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
-# Files are spread over the processors; a file's tests share what they make.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# Tests are spread over the processors in runs, since neighbours share what they make.
+PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO_PLAN ?= --with medusa
 
 # python3.11 where it runs, else any python3 of at least that version.

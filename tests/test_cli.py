@@ -331,7 +331,7 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
     monkeypatch.setattr("hasten.benchmark.bench", measure)
     monkeypatch.setattr("sys.argv", ["hasten", "bench", "m", "--prompt", "a word"])
     Path("p.jsonl").write_text('"one"\n{"prompt": "two"}\n')
-    options = "--runner eager --prompt zero --prompts p.jsonl --max-new-tokens 7 --rounds 6 --pairs --no-quality"
+    options = "--runner eager --prompt zero --prompts p.jsonl --max-new-tokens 7 --block-length 1 --rounds 6 --pairs --no-quality"
     more = "--steps 9 --guidance 2.5 --argument height=64 --argument negative_prompt=dim --pictures 4 --no-prepare --no-record --seed 3 --threads 1 --dtype float32 --beside d2o"
     result = run(
         "bench",
@@ -349,7 +349,7 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tiny_checkp
     assert callable(tick) and command == "hasten bench m --prompt 'a word'"
     assert seen == {
         "model": "m", "plan": ("medusa, d2o", "x"), "runner": "eager", "prompts": ["zero", "one", "two"],
-        "max_new_tokens": 7, "steps": 9, "guidance": 2.5, "pictures": 4,
+        "max_new_tokens": 7, "block_length": 1, "steps": 9, "guidance": 2.5, "pictures": 4,
         "arguments": {"height": 64, "negative_prompt": "dim"}, "rounds": 6, "pairs": True, "quality": False, "prepare_missing": False,
         "record": False, "seed": 3, "threads": 1, "dtype": "float32", "beside": ["d2o"],
     }  # fmt: skip

@@ -16,6 +16,16 @@ from hasten.technique import Parts, Technique
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def check_runs_on(runner: str, plan: Plan) -> None:
+    """Raise a PlanError where a technique of the plan cannot run on a runner."""
+    for technique in plan:
+        runners = technique.terms().runners
+        if runner not in runners:
+            raise PlanError(
+                f"{technique.name} does not run on the {runner!r} runner; it runs on: {', '.join(sorted(runners))}."
+            )
+
+
 class AppliedPlan:
     """What `hasten.apply` returns, whatever the engine.
 

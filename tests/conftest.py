@@ -41,6 +41,15 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder and a working folder that must stay as they are."""
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., PreTrainedModel]:
     """`tiny_llama(seed=0, num_key_value_heads=4, ...)`: a live random model (`models.tiny_model`)."""
     return lambda **overrides: models.tiny_model("llama", **overrides)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import hasten
 from hasten import technique as registry
-from hasten.cli import app
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.parts import default_path
 from hasten.plan import Plan
 from hasten.subject import open_subject
 from tests import models
+from tests.refusals import refused, refused_by_the_program
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,31 +72,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     (root / "file.bin").write_bytes(b"no checkpoint")
     return root
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder and a working folder that must stay as they are."""
-    monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
-
-
-def refused(home: Path, *arguments: str) -> str:
-    """Run the command line; it must refuse in one line and leave nothing. Returns that line."""
-    before = set(home.rglob("*"))
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and "Traceback" not in line
-    # The ledger may have been opened to see whether it can be written.
-    left = {path for path in home.rglob("*") if not path.name.startswith("ledger.sqlite3")}
-    assert left - before <= {home / "home"}
-    return line
 
 
 def generate(model: Path | str, *arguments: str) -> tuple[str, ...]:
@@ -400,16 +371,6 @@ def test_the_program_itself(
     tmp_path: Path, checkpoints: Path, arguments: list[str], home_is: str, words: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "work").mkdir()
     names = {"GOOD": str(checkpoints / "good"), "CUT": str(checkpoints / "cut")}
-    done = subprocess.run(
-        [sys.executable, "-m", "hasten", *(names.get(word, word) for word in arguments)],
-        cwd=tmp_path / "work",
-        env={**os.environ, "HASTEN_HOME": str(tmp_path / home_is), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and words in line
-    assert not list((tmp_path / "work").iterdir())
+    arguments = [names.get(word, word) for word in arguments]
+    assert words in refused_by_the_program(tmp_path, *arguments, home=home_is)

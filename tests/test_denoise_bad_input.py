@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import hasten
-from hasten.cli import app
 from hasten.denoise.network import networks
 from hasten.errors import HastenError, SubjectError
 from tests import pipelines
 from tests.pipelines import tiny
+from tests.refusals import refused, refused_by_the_program
 
 ROOT = Path(__file__).parent.parent
 QUICK: dict[str, Any] = {"pictures": 1, "rounds": 5, "runner": "eager", "record": False}
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder and a working folder that must stay as they are."""
-    monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
-
-
-def refused(home: Path, *arguments: str) -> str:
-    """Run the command line; it must refuse in one line and leave nothing. Returns that line."""
-    before = set(home.rglob("*"))
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and "Traceback" not in line
-    # The ledger may have been opened to see whether it can be written.
-    left = {path for path in home.rglob("*") if not path.name.startswith("ledger.sqlite3")}
-    assert left - before <= {home / "home"}
-    return line
 
 
 def bench(pipe: Any, *plan: str, **options: Any) -> dict[str, Any]:
@@ -112,20 +83,9 @@ def test_bad_folder(home: Path, damage: str, verb: str) -> None:
 
 
 def test_the_program_itself(tmp_path: Path) -> None:
-    """Whatever libraries would like to say, there is one line."""
-    (tmp_path / "work").mkdir()
     arguments = ["generate", str(pipelines.folder("unet")), "--with", "delta_dit", "--prompt", "a"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hasten", *arguments],
-        cwd=tmp_path / "work",
-        env={**os.environ, "HASTEN_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    line = refused_by_the_program(tmp_path, *arguments)
     assert line.startswith("error: delta_dit works on transformer blocks")
-    assert not list((tmp_path / "work").iterdir())
 
 
 # ------------------------------------------------------------------ what a technique needs

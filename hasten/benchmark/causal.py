@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.benchmark.ceilings import BaselineTimes, plan_ceiling, token_work
 from hasten.benchmark.judge import Answers, answer, compare, prove
 from hasten.benchmark.missing import check_parts, train_parts
-from hasten.benchmark.verdict import own_activity, verdict
+from hasten.benchmark.verdict import claims_of, loss_of, own_activity, verdict
 from hasten.benchmark.workload import Workload, make_workload
 from hasten.causal.engine import CausalModel
 from hasten.errors import HastenError, PlanError
@@ -32,7 +32,6 @@ Tick = Callable[[int, int, str], None]
 NAIVE = "model.generate"
 BASELINE = "baseline"
 CHOICE_ROUNDS = 7  # in which the baseline's settings are compared
-CLASS_ORDER = (Loss.EXACT, Loss.DISTRIBUTION, Loss.LOSSY)
 
 
 def bench_causal(
@@ -81,8 +80,7 @@ class _Contender:
     @property
     def loss(self) -> Loss:
         """The loosest class of the plan's techniques."""
-        classes = [technique.loss_class() for technique in self.plan] or [Loss.EXACT]
-        return max(classes, key=CLASS_ORDER.index)
+        return loss_of(self.plan)
 
 
 @dataclass
@@ -341,11 +339,7 @@ class CausalJob:
             "cache_bytes": contender.cache_bytes,
             "verdict": word,
             "reason": reason,
-            "claims": [
-                {"technique": t.name, "what": c.what, "value": c.value, "where": c.where}
-                for t in plan
-                for c in t.card.claims
-            ],
+            "claims": claims_of(plan),
         }
 
     def _decode_rate(self, timings: Timings, name: str) -> float:

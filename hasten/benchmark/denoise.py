@@ -31,7 +31,7 @@ from hasten.benchmark.ceilings import pipeline_ceiling
 from hasten.benchmark.missing import check_parts, train_parts
 from hasten.benchmark.picture_judge import compare, prove
 from hasten.benchmark.scenes import SceneJudge, scene_judge
-from hasten.benchmark.verdict import own_activity, verdict
+from hasten.benchmark.verdict import claims_of, loss_of, own_activity, verdict
 from hasten.denoise.compiled import RUNNERS, check_runner
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.inputs import refusals
@@ -46,7 +46,6 @@ from hasten.measure.memory import peak_memory
 from hasten.measure.pictures import Samples
 from hasten.plan import Plan
 from hasten.subject import Subject
-from hasten.technique import Loss
 
 Tick = Callable[[int, int, str], None]
 
@@ -162,7 +161,7 @@ class DenoiseJob:
         """One row of the result."""
         model = self.contenders[name]
         plan, activity = model.plan, self.activity[name]
-        loss = max((t.loss_class() for t in plan), key=list(Loss).index)
+        loss = loss_of(plan)
         proof = prove(loss, quality, same)
         ratio, top = timings.ratio(name), pipeline_ceiling(plan, shares)
         word, reason = verdict(plan, ratio, activity, proof, top)
@@ -185,11 +184,7 @@ class DenoiseJob:
             "peak_bytes": int(peak.bytes),
             "verdict": word,
             "reason": reason,
-            "claims": [
-                {"technique": t.name, "what": c.what, "value": c.value, "where": c.where}
-                for t in plan
-                for c in t.card.claims
-            ],
+            "claims": claims_of(plan),
         }
 
     def baseline(self, timings: Timings, shares: Shares, limits: Limits) -> dict[str, Any]:

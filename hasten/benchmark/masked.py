@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hasten.benchmark.judge import agreement_entry, estimate_entry, prove_lossy, shares_entry
 from hasten.benchmark.missing import check_parts, train_parts
-from hasten.benchmark.verdict import own_activity, verdict
+from hasten.benchmark.verdict import claims_of, loss_of, own_activity, verdict
 from hasten.benchmark.workload import Workload, crops, make_workload
 from hasten.causal.engine import CausalModel
 from hasten.errors import HastenError
@@ -223,7 +223,7 @@ class MaskedJob:
         """One row of the result."""
         model = self.contenders[name]
         plan = model.plan
-        loss = max((t.loss_class() for t in plan), key=list(Loss).index)
+        loss = loss_of(plan)
         quality = compare(ours, original, self.seed)
         if exact is not None:
             proof = {"passed": exact[0], "detail": exact[1]}
@@ -252,11 +252,7 @@ class MaskedJob:
             "cache_bytes": model.peak_cache_bytes,
             "verdict": word,
             "reason": reason,
-            "claims": [
-                {"technique": t.name, "what": c.what, "value": c.value, "where": c.where}
-                for t in plan
-                for c in t.card.claims
-            ],
+            "claims": claims_of(plan),
         }
 
     def baseline(

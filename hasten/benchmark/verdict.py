@@ -7,8 +7,25 @@ from typing import Any
 from hasten.measure.ceilings import Ceiling
 from hasten.measure.clock import Ratio
 from hasten.plan import Plan
+from hasten.technique import Loss
 
+CLASSES = tuple(Loss)  # from the strictest on
 ATTEMPTS = ("drafted",)  # counters of what was tried; a technique is at work if others move
+
+
+def loss_of(plan: Plan) -> Loss:
+    """The loosest class among the plan's techniques, which is the plan's own."""
+    classes = (technique.loss_class() for technique in plan)
+    return max(classes, key=CLASSES.index, default=Loss.EXACT)
+
+
+def claims_of(plan: Plan) -> list[dict[str, Any]]:
+    """What the papers of the plan's techniques claim, cited."""
+    return [
+        {"technique": t.name, "what": c.what, "value": c.value, "where": c.where}
+        for t in plan
+        for c in t.card.claims
+    ]
 
 
 def own_activity(plan: Plan, activity: dict[str, float]) -> dict[str, float]:

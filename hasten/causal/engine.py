@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hasten.applied import AppliedPlan
+from hasten.applied import AppliedPlan, check_runs_on
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
@@ -175,12 +175,7 @@ class CausalModel(AppliedPlan):
 
 def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
     """The runner of that name, if every technique of the plan can run on it."""
-    for technique in plan:
-        if name not in technique.contract.runners:
-            allowed = ", ".join(sorted(technique.contract.runners))
-            raise PlanError(
-                f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}."
-            )
+    check_runs_on(name, plan)
     if name not in RUNNERS:
         raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(sorted(RUNNERS))}.")
     # One runner per model and kind: a compiled one keeps its graphs from plan to plan.

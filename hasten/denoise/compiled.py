@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hasten.applied import check_runs_on
 from hasten.denoise.blocks import blocks
 from hasten.denoise.network import hooked, networks
 from hasten.errors import PlanError
@@ -25,12 +26,7 @@ def check_runner(name: str, plan: Plan) -> None:
     """Raise where there is no such runner, or a technique of the plan cannot run on it."""
     if name not in RUNNERS:
         raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(RUNNERS)}.")
-    for technique in plan:
-        if name not in technique.terms().runners:
-            allowed = ", ".join(sorted(technique.terms().runners))
-            raise PlanError(
-                f"{technique.name} does not run on the {name!r} runner; it runs on: {allowed}."
-            )
+    check_runs_on(name, plan)
 
 
 @contextmanager
@@ -39,8 +35,8 @@ def compiled(pipe: Any) -> Iterator[None]:
 
     The first call of each size compiles, which takes seconds to a minute; all blocks of a kind
     share one graph. A graph begins and ends at a block's edge, so what acts between blocks, or
-    outside of the network, goes with it; what acts on layers or attention does not. Outputs differ from the eager ones in the last bits, because fused kernels
-    round differently.
+    outside of the network, goes with it; what acts on layers or attention does not. Outputs differ
+    from the eager ones in the last bits, because fused kernels round differently.
     """
     with ExitStack() as stack:
         for network in networks(pipe):

@@ -141,17 +141,12 @@ class Run:
         """
         masked = (tokens == self.mask_id) & ~self.given
         first = masked.float().argmax(dim=1).clamp(min=self.block[0])
-        ends = self._end_of_block(first)
+        ends = ((first - self.start) // self.block_length + 1) * self.block_length + self.start
         return masked & (self.columns < ends[:, None])
 
     def block_numbers(self) -> Tensor:
         """(length,) which block each place belongs to; below 0 before the first new one."""
         return (self.columns - self.start).div(self.block_length, rounding_mode="floor")
-
-    def _end_of_block(self, places: Tensor) -> Tensor:
-        """Where the blocks end that some places stand in."""
-        number = (places - self.start) // self.block_length
-        return ((number + 1) * self.block_length + self.start).clamp(max=self.length)
 
     @property
     def columns(self) -> Tensor:
@@ -168,7 +163,8 @@ class Run:
         first, end = self.start if looks_back else self.block[0], self.block[1]
         beyond = 2 * self._reach - int(self.open.sum(dim=1).min()) if self._reach else 0
         if beyond > 0:
-            end = int(self._end_of_block(torch.tensor(min(end + beyond, self.length) - 1)))
+            last = min(end + beyond, self.length)
+            end = next(stop for _, stop in self.blocks if stop >= last)
         return torch.arange(first, end, device=self.tokens.device)
 
     @property

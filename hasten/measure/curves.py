@@ -13,6 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from hasten.measure import view
+from hasten.measure.image_quality import MOST_DB as SAME_DB
 from hasten.measure.plots import INK, MUTED, PAPER, SERIES, both, new_figure, wrapped
 from hasten.measure.view import Quality, number, text
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_DB = 48.0  # pictures nearer than this differ by less than one of 256 levels of brightness
-SAME_DB = 100.0  # what stands for pictures that are equal, bit for bit
 KEY_LINE = 0.17  # inches
 SAMPLE = 0.36  # inches of a line in the key
 MARKERS = ("s", "D", "v", "P", "h")  # of baselines in grey

@@ -27,8 +27,9 @@ def write_report(
 ) -> Path:
     """Write the report of a bench result (the object of `bench --json`) to an HTML file.
 
-    `samples` are pictures that the plans made. The file appears whole or not at all. Pieces that the result lacks are left out or shown as
-    a dash. Raises HastenError where matplotlib is missing or the place cannot be written.
+    `samples` are pictures that the plans made. The file appears whole or not at all. Pieces that the
+    result lacks are left out or shown as a dash. Raises HastenError where matplotlib is missing or
+    the place cannot be written.
     """
     return atomic_write(path, report_html(result, samples))
 

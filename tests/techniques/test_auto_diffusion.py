@@ -17,7 +17,7 @@ from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
 from hasten.denoise.schedule.auto_diffusion import AutoDiffusion
 from hasten.denoise.schedule.evolution import Evolution, Gene, Genome, count_left_out, full
-from hasten.denoise.schedule.fitness import Fitness, frechet
+from hasten.denoise.schedule.fitness import SHRINK, Fitness
 from hasten.denoise.schedule.grid import set_grid, sigma_of, time_of, times
 from hasten.denoise.slots import Schedule
 from hasten.errors import HastenError, PlanError, SubjectError
@@ -25,6 +25,7 @@ from hasten.preparation import Preparation
 from hasten.subject import open_subject
 from hasten.technique import Card, Contract, Loss, Parts
 from hasten.zoo.scenes.caption import prompts
+from hasten.zoo.scenes.judge import frechet
 from hasten.zoo.scenes.render import render
 from tests import pipelines
 from tests.pipelines import picture, tiny
@@ -539,9 +540,9 @@ def test_the_distance_is_frechets() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(40_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 0.5])
     second = torch.randn(40_000, 3, generator=generator) * torch.tensor([2.0, 1.0, 0.5]) + 1.0
-    assert frechet(first, first) == pytest.approx(0.0, abs=1e-6)
+    assert frechet(first, first, shrink=SHRINK) == pytest.approx(0.0, abs=1e-6)
     # Between Gaussians along the axes: squared distance of means and of deviations.
-    assert frechet(first, second) == pytest.approx(3.0 + 2.0, rel=0.05)
+    assert frechet(first, second, shrink=SHRINK) == pytest.approx(3.0 + 2.0, rel=0.05)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -78,7 +78,9 @@ class Fitness:
         return full(times(self.pipe.scheduler))
 
     def __call__(self, genome: Genome) -> float:
-        return frechet(self.features(self.draw(genome)), self.real)
+        from hasten.zoo.scenes.judge import frechet
+
+        return frechet(self.features(self.draw(genome)), self.real, shrink=SHRINK)
 
     def draw(self, genome: Genome | None, *, steps: int | None = None) -> Tensor:
         """(samples, 3, height, width) pictures, always from the same noises."""
@@ -114,26 +116,3 @@ def scene_features() -> Features:
 
     judge = load_judge()
     return lambda pictures: features(judge, pictures)
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, (n, dim) each.
-
-    Covariances are shrunk a little towards a ball, which few samples need.
-    """
-    means, roots = [], []
-    for values in (first.double(), second.double()):
-        means.append(values.mean(dim=0))
-        covariance = torch.cov(values.T).reshape(values.shape[1], values.shape[1])
-        ball = torch.eye(len(covariance), dtype=torch.float64) * covariance.diagonal().mean()
-        roots.append((1 - SHRINK) * covariance + SHRINK * ball)
-    apart = (means[0] - means[1]).square().sum()
-    root = _root(roots[0])
-    between = _root(root @ roots[1] @ root)
-    return float(apart + (roots[0] + roots[1] - 2 * between).diagonal().sum())
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T

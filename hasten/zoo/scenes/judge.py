@@ -157,13 +157,14 @@ def features(judge: Judge, pictures: Tensor, *, chunk: int = 128) -> Tensor:
     return torch.cat(parts).double()
 
 
-def frechet(first: Tensor, second: Tensor) -> float:
+def frechet(first: Tensor, second: Tensor, *, shrink: float = 0.0) -> float:
     """Frechet distance between normal distributions fitted to two sets of features.
 
     It is 0 for equal sets and grows as sets shrink, so compare only at equal counts.
 
     Args:
         first, second: (pictures, features), 2 pictures or more.
+        shrink: how far covariances are moved towards their mean variance, which few pictures need.
 
     Raises:
         HastenError: where there are fewer.
@@ -172,12 +173,19 @@ def frechet(first: Tensor, second: Tensor) -> float:
         raise HastenError("the Frechet distance needs 2 pictures or more on each side")
     first, second = first.double(), second.double()
     gap = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    one, two = first.T.cov(), second.T.cov()
+    one, two = _covariance(first, shrink), _covariance(second, shrink)
     # tr sqrt(one two) is the sum of the roots of the eigenvalues of sqrt(one) two sqrt(one).
     values, vectors = torch.linalg.eigh(one)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ two @ root).clamp_min(0).sqrt().sum()
     return max(0.0, float(gap + one.trace() + two.trace() - 2 * cross))
+
+
+def _covariance(values: Tensor, shrink: float) -> Tensor:
+    """(features, features) of values (pictures, features)."""
+    found = torch.atleast_2d(values.T.cov())
+    ball = torch.eye(len(found), dtype=found.dtype) * found.diagonal().mean()
+    return torch.lerp(found, ball, shrink)
 
 
 @torch.no_grad()

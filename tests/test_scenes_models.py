@@ -19,7 +19,11 @@ from hasten.training import Settings, Stage
 from hasten.zoo import catalogue
 from hasten.zoo import recipes as zoo
 from hasten.zoo.denoisers import recipes
-from hasten.zoo.denoisers.autoencoder import autoencoder_quality
+from hasten.zoo.denoisers.autoencoder import (
+    autoencoder_quality,
+    kernels_as_matrices,
+    video_autoencoder_quality,
+)
 from hasten.zoo.denoisers.data import SceneClips, ScenePictures
 from hasten.zoo.denoisers.quality import sample
 from hasten.zoo.output import weights_hash
@@ -49,7 +53,11 @@ VAE = recipes.AutoencoderRecipe(
     name="scenes-vae", widths=(8, 8, 8), training=settings(4, 256, 64, 256)
 )
 VIDEO_VAE = recipes.AutoencoderRecipe(
-    name="scenes-video-vae", widths=(16,), video=True, training=settings(4, 512, 64, 512)
+    name="scenes-video-vae",
+    widths=(16,),
+    video=True,
+    kernels=True,
+    training=settings(4, 512, 64, 512),
 )
 CALL = {"num_inference_steps": 3, "guidance_scale": 3.0}
 
@@ -215,6 +223,26 @@ def test_autoencoders_have_latents_of_unit_variance(parts: Path) -> None:
     assert torch.allclose(flat.std(dim=1), video.latents_std, rtol=0.05)
 
 
+def test_kernels_are_matrices_for_the_time_being() -> None:
+    """A convolution learns as a matrix, and is again itself afterwards."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(3, 4, 2)
+    before = layer.weight.detach().clone()
+    noise = torch.randn(1, 3, 4, 4, 4)
+    wanted = layer(noise)
+    with kernels_as_matrices(torch.nn.Sequential(layer)):
+        matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+        assert [parameter.shape for parameter in matrices] == [(4, 24)]
+        assert torch.equal(layer(noise), wanted)
+        optimizer = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.0)
+        layer(noise).square().sum().backward()
+        optimizer.step()
+        moved = layer.weight.detach() - before
+    assert type(layer) is torch.nn.Conv3d and torch.equal(layer.weight - before, moved)
+    # Muon's updates are nearly orthogonal matrices, whatever the gradient.
+    assert torch.linalg.svdvals(moved.flatten(1) / 0.1) == pytest.approx(torch.ones(4), abs=0.4)
+
+
 # Data.
 
 
@@ -316,8 +344,8 @@ def test_the_catalogue_knows_pipelines(
 
 # The models that ship.
 
-SHIPPED = ("scenes-dit", "scenes-unet")
-PARTS = ("scenes-judge", "scenes-vae")
+SHIPPED = ("scenes-dit", "scenes-unet", "scenes-video")
+PARTS = ("scenes-judge", "scenes-vae", "scenes-video-vae")
 
 
 def test_shipped_models_are_small() -> None:
@@ -363,6 +391,8 @@ def test_shipped_models_draw_what_they_are_told(name: str) -> None:
 
 
 @pytest.mark.zoo
-def test_the_shipped_autoencoder_is_faithful() -> None:
+def test_the_shipped_autoencoders_are_faithful() -> None:
     vae = recipes.load_autoencoder(catalogue.part_path("scenes-vae"), video=False)
     assert autoencoder_quality(vae, rows=16)["psnr_64"] > 31.5
+    video = recipes.load_autoencoder(catalogue.part_path("scenes-video-vae"), video=True)
+    assert video_autoencoder_quality(video, rows=8)["psnr"] > 32.5

@@ -26,7 +26,7 @@ from hasten.zoo.tokenizer import train_tokenizer
 
 SHIPPED = ("code-lm", "code-lm-small", "code-lm-tiny")
 CONVERTED = ("code-dlm",)
-PICTURES = ("scenes-dit", "scenes-unet")  # tested in test_scenes_models
+PICTURES = ("scenes-dit", "scenes-unet", "scenes-video")  # tested in test_scenes_models
 
 
 @pytest.fixture(scope="module")

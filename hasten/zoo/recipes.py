@@ -186,10 +186,10 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 compile=False,  # the states of all layers are caught by hooks
             ),
             echo=Echo(
-                texts=6_144,
+                texts=8_192,
                 prompt=128,
                 training=Settings(
-                    tokens=4_000_000,
+                    tokens=10_000_000,
                     stages=(Stage(length=256, share=1.0),),
                     matrix_lr=0.005,
                     other_lr=1e-3,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hasten.zoo.denoisers.data import Batch, SceneClips, ScenePictures
 from hasten.zoo.scenes.caption import HELD_OUT
@@ -42,6 +45,33 @@ def autoencoder_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
     error = decoded - batch.pictures
     prior = posterior.kl().float().mean() / posterior.mean[0].numel()
     return error.abs().mean() + 2 * error.square().mean() + PRIOR * prior, {}
+
+
+class _Kernel(nn.Module):
+    """A convolution's kernel, kept as the matrix (channels out, channels in times places)."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.shape)
+
+    def right_inverse(self, kernel: Tensor) -> Tensor:
+        return kernel.flatten(1)
+
+
+@contextmanager
+def kernels_as_matrices(model: nn.Module) -> Iterator[None]:
+    """For the time being, have what learns in a convolution be a matrix, which Muon can update."""
+    convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    for layer in convolutions:
+        parametrize.register_parametrization(layer, "weight", _Kernel(layer.weight.shape))
+    try:
+        yield
+    finally:
+        for layer in convolutions:
+            parametrize.remove_parametrizations(layer, "weight")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,13 +57,18 @@ class JudgeRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderRecipe:
-    """An autoencoder of pictures, or of clips (`video`)."""
+    """An autoencoder of pictures, or of clips (`video`).
+
+    Attributes:
+        kernels: whether Muon updates the kernels of convolutions, as matrices; else AdamW does.
+    """
 
     name: str
     training: Settings
     widths: tuple[int, ...]
     latent_channels: int = 8
     video: bool = False
+    kernels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +159,13 @@ RECIPES: dict[str, AnyRecipe] = {
             widths=(64,),
             latent_channels=16,
             video=True,
+            kernels=True,
             training=Settings(
-                tokens=400 * 8192,
-                stages=_stages((64, 0.3), (512, 0.7)),
+                tokens=6000 * 2048,
+                batch_tokens=2048,
+                stages=_stages((64, 0.4), (512, 0.6)),
+                matrix_lr=0.03,
+                matrix_decay=0.0,
                 other_lr=2e-3,
                 compile=False,
             ),
@@ -200,8 +210,9 @@ RECIPES: dict[str, AnyRecipe] = {
             frames=8,
             judged=64,
             training=Settings(
-                tokens=700 * 8192,
-                stages=_stages((64, 0.6), (512, 0.4)),
+                tokens=2600 * 4096,
+                batch_tokens=4096,
+                stages=_stages((64, 0.5), (512, 0.5)),
                 other_lr=2e-3,
                 decay_share=0.5,
                 compile=False,
@@ -427,16 +438,17 @@ def _train_autoencoder(chosen: AutoencoderRecipe, run: _Run) -> Card:
         )
         data = ScenePictures(seed)
         quality_of = kind.autoencoder_quality
-    outcome = run.fit(
-        model,
-        data,
-        chosen.training,
-        kind.autoencoder_loss,
-        evaluate=quality_of,
-        num_evaluations=8,
-        average=0.998,
-        label=chosen.name,
-    )
+    with kind.kernels_as_matrices(model) if chosen.kernels else nullcontext():
+        outcome = run.fit(
+            model,
+            data,
+            chosen.training,
+            kind.autoencoder_loss,
+            evaluate=quality_of,
+            num_evaluations=8,
+            average=0.998,
+            label=chosen.name,
+        )
     model.eval()
     kind.normalise(model, data)
     model.bfloat16()

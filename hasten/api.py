@@ -11,10 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hasten.causal.engine import CausalModel
+from hasten.denoise.call_settings import settings_of
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.inputs import COUNT, own_prompts, refusals
 from hasten.denoise.pipelines import quiet
 from hasten.denoise.step_counts import for_steps
+from hasten.denoise.suits import check_plan
 from hasten.errors import PlanError
 from hasten.home import atomic_write
 from hasten.masked.engine import MaskedModel
@@ -104,7 +106,7 @@ def prepare(
         prompts: what a Diffusers pipeline learns from: texts, or classes. By default `texts`, or for
             a model of the zoo captions like those that it learned from.
         arguments: further arguments of a pipeline's call, such as its size, guidance scale or number
-            of steps (`num_inference_steps`).
+            of steps (`num_inference_steps`). Parts that depend on them serve such calls only.
         steps: optimiser steps; None takes each technique's own default.
         write: also save the parts in the user's data folder, where `apply` finds them.
 
@@ -114,6 +116,8 @@ def prepare(
     parsed = Plan.parse(*plan)
     subject = open_subject(model, tokenizer=tokenizer)
     check_engine(subject, parsed)
+    if subject.pipe is not None:
+        check_plan(subject.pipe, parsed)
     if arguments and arguments.get(COUNT) is not None:
         parsed = for_steps(parsed, arguments[COUNT])
     preparation = Preparation(
@@ -131,10 +135,11 @@ def prepare(
             stack.enter_context(refusals(subject.pipe))
         made = prepare_parts(parsed, preparation)
     if write:
+        settings = None if subject.pipe is None else settings_of(subject.pipe, arguments or {})
         for technique in parsed:
             if technique.name in made:
-                path = default_path(technique, subject.hash)
-                save_part(path, technique, made[technique.name], subject.hash)
+                path = default_path(technique, subject.hash, settings)
+                save_part(path, technique, made[technique.name], subject.hash, settings)
     return made
 
 
@@ -165,7 +170,7 @@ def load(
         raise PlanError(f"{place} holds no {PLAN_FILE}; give a folder that hasten.save wrote.")
     plan = Plan.load(place / PLAN_FILE)
     subject = open_subject(model, **options)
-    parts = {}
+    parts: dict[str, Parts] = {}
     for technique in plan:
         path = place / f"{technique.name}.safetensors"
         if technique.trained or path.is_file():

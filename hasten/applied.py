@@ -62,13 +62,16 @@ class AppliedPlan:
         self.subject = subject
         self.plan = plan
         self.parts = {t.name: parts_for(t, subject, parts or {}) for t in plan}
-        self.bound: list[tuple[Technique, Any]] = [
-            (t, t.bind(owner, self.parts[t.name])) for t in plan.ordered()
-        ]
-        self.activity: dict[str, int] = {}
         self._owner = owner
+        self.bound: list[tuple[Technique, Any]] = []
+        self._bind()
+        self.activity: dict[str, int] = {}
         self._open = True
         self._exclusive = exclusive
+
+    def _bind(self) -> None:
+        """Let each technique build from its parts what it needs for this model."""
+        self.bound = [(t, t.bind(self._owner, self.parts[t.name])) for t in self.plan.ordered()]
 
     def _claim(self) -> None:
         """Mark the network as taken; the last step of an engine's own set-up."""

@@ -289,13 +289,15 @@ def _speed_claims(names: Iterable[str]) -> list[str]:
 
 def _conditions(entries: Iterable[Any]) -> str:
     """Under what the figures were measured, once."""
-    from hasten.measure.machine import machine, versions
+    from hasten.measure.machine import OF_PIPELINES, machine, versions
     from hasten.measure.view import machine_words
 
     entries = list(entries)
     days = sorted({entry.created[:10] for entry in entries})
     threads = sorted({entry.threads for entry in entries})
-    stamped = ", ".join(f"{name} {version}" for name, version in versions().items())
+    further = {name for entry in entries for name in entry.versions}.intersection(OF_PIPELINES)
+    now = versions(*sorted(further))  # those of the entries too, since none of them is stale
+    stamped = ", ".join(f"{name} {version}" for name, version in now.items())
     return (
         f"Measured on {', '.join(days)}: {machine_words(machine().to_dict())}; "
         f"{', '.join(map(str, threads))} thread(s); {stamped}. A ratio stands beside the plain model run in turns "

@@ -180,6 +180,7 @@ class Technique:
     card: ClassVar[Card]
     contract: ClassVar[Contract]
     part_knobs: ClassVar[tuple[str, ...]] = ()  # knobs on which the trained parts depend
+    part_settings: ClassVar[tuple[str, ...]] = ()  # settings of a pipeline's call on which they do
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 
 import hasten
 from hasten.benchmark.calls import arguments_of
-from hasten.benchmark.driver import BenchResult
+from hasten.benchmark.driver import BenchResult, _record
+from hasten.benchmark.picture_judge import BROKEN_DB, compare, prove
 from hasten.errors import HastenError
 from hasten.measure.curves import series_of
+from hasten.measure.ledger import Ledger, is_stale
 from hasten.measure.pictures import Samples
-from hasten.measure.plots import INK
+from hasten.measure.plots.canvas import INK
+from hasten.technique import Loss
 from tests import pipelines
 
 STEPS = 12
@@ -92,6 +96,41 @@ def test_clips_are_shown_as_frames() -> None:
     clips = np.zeros((1, 9, 8, 8, 3))
     page = Samples(["a <moving> thing"], {"baseline": clips}).html()
     assert 'width="512" height="128"' in page and "&lt;moving&gt;" in page
+
+
+def test_identical_pictures_do_not_lift_the_mean() -> None:
+    original = np.random.default_rng(0).random((8, 16, 16, 3))
+    ours = original.copy()
+    ours[3:] += 0.1  # five of eight differ, by 20 dB
+    quality = compare(ours, original, None, seed=0)
+    assert quality["psnr"]["value"] == pytest.approx(20.0)
+    assert quality["psnr"]["num_units"] == 8 and quality["psnr"]["num_identical"] == 3
+    proof = prove(Loss.LOSSY, quality, same=False)
+    assert proof["passed"] and "3 of 8 identical" in proof["detail"]
+    same = compare(original, original, None, seed=0)["psnr"]
+    assert same["value"] == 100.0 and same["num_identical"] == 8
+    assert compare(original + 0.1, original, None, seed=0)["psnr"]["num_identical"] == 0
+
+
+def test_what_leaves_most_pictures_alone_is_not_broken() -> None:
+    original = np.full((8, 16, 16, 3), 0.5)
+    for differing, passed in ((3, True), (4, False)):
+        ours = original.copy()
+        ours[:differing] += 0.4  # 8 dB
+        quality = compare(ours, original, None, seed=0)
+        assert quality["psnr"]["value"] < BROKEN_DB
+        assert prove(Loss.LOSSY, quality, same=False)["passed"] is passed
+
+
+def test_the_ledger_keeps_what_a_pipeline_depends_on(
+    result: BenchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    _record(result.to_dict())
+    entries = Ledger().entries()
+    assert len(entries) == 6
+    for entry in entries:
+        assert entry.versions["diffusers"] == diffusers.__version__ and not is_stale(entry)
 
 
 def test_arguments_of_a_call() -> None:

@@ -11,7 +11,8 @@ each has to suit several.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from contextlib import suppress
+from functools import cache, wraps
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,74 @@ def test_off_is_off(slug: str) -> None:
     assert set(vars(model.scheduler)) == scheduler and dict(model.scheduler.config) == config
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
     assert torch.equal(draw(model, family), wanted)
+
+
+class EnoughError(Exception):
+    """Ends a call on its way."""
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_calls_that_end_early_or_make_other_steps_leave_nothing(slug: str) -> None:
+    """The sample has the same shape each time, so nothing but the new call can tell them apart."""
+    family = homes(slug)[0]
+    with put(family, made(slug)) as fast:
+        wanted, activity = draw(fast, family), fast.activity
+        ended = 0
+        for last in (1, 4):
+            handle = _ending(networks(pipe(family))[0], last)
+            try:
+                draw(fast, family, seed=1)
+            except EnoughError:
+                ended += 1
+            finally:
+                handle.remove()
+            assert torch.equal(draw(fast, family), wanted) and fast.activity == activity
+        assert ended
+        for steps in (STEPS - 5, STEPS + 3):
+            with suppress(HastenError):  # some have parts for one number of steps only
+                fast(**pipelines.call(family, seed=1, num_inference_steps=steps))
+            assert torch.equal(draw(fast, family), wanted) and fast.activity == activity
+
+
+def _ending(network: Any, last: int) -> Any:
+    """Let a network's calls end with an error after so many."""
+    calls: list[int] = []
+
+    def count(module: Any, args: Any) -> None:
+        calls.append(1)
+        if len(calls) > last:
+            raise EnoughError
+
+    return network.register_forward_pre_hook(count)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_second_loop_in_one_call_begins_anew(slug: str) -> None:
+    """As in pipelines that make a clip chunk by chunk: all that is remembered is of this loop."""
+    family = homes(slug)[0]
+    with put(family, made(slug)) as fast:
+        wanted = draw(fast, family)
+    technique = made(slug)
+    twice = _walking_twice(pipelines.tiny(family))
+    with hasten.apply(twice, technique, parts=parts(family, technique)) as fast:
+        assert torch.equal(draw(fast, family), wanted)
+
+
+def _walking_twice(model: Any) -> Any:
+    """The pipeline, that makes another picture first in each call."""
+    kind = type(model)
+
+    @wraps(kind.__call__)
+    def twice(self: Any, **given: Any) -> Any:
+        generator = given["generator"]
+        seed = generator.initial_seed()
+        generator.manual_seed(seed + 1)
+        kind.__call__(self, **given)
+        generator.manual_seed(seed)
+        return kind.__call__(self, **given)
+
+    model.__class__ = type(kind.__name__, (kind,), {"__call__": twice})
+    return model
 
 
 # ------------------------------------------------------------------------- neutral is neutral

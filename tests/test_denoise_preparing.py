@@ -14,12 +14,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import hasten
+from hasten import technique as registry
 from hasten.benchmark.calls import plain_prompts, training_prompts
 from hasten.cli import app
+from hasten.denoise.call_settings import KINDS, settings_of
 from hasten.denoise.network import networks
 from hasten.denoise.step_counts import for_steps
 from hasten.errors import HastenError, PlanError
 from hasten.parts import default_path, find
+from hasten.parts import save as save_part
 from hasten.plan import Plan
 from hasten.subject import open_subject
 from tests import pipelines
@@ -117,9 +120,137 @@ def test_the_guidance_that_is_measured_is_trained_with(home: Path) -> None:
         with watched(pipe) as calls:
             hasten.bench(pipe, "mag_cache", **OPTIONS | {"guidance": guidance})
         rows[guidance] = set(calls)
-        for path in home.rglob("mag_cache*"):
-            path.unlink()  # trained for the other guidance scale
     assert rows == {1.0: {1}, 3.0: {2}}
+    assert len(list(home.rglob("mag_cache*"))) == 2
+
+
+# ----------------------------------------------------------------- settings of the call
+RATIOS: dict[str, Any] = {"prompts": ["a", "b"], "steps": 1}
+
+
+def usual(**more: Any) -> dict[str, Any]:
+    """Settings of a cheap call, with others in their place."""
+    return {"height": 16, "width": 16, "num_inference_steps": 3, "guidance_scale": 3.0} | more
+
+
+def differing(of: str, **more: Any) -> bool:
+    """Whether a setting of such a call is another one."""
+    pipe = pipelines.tiny("sd3")
+    return settings_of(pipe, usual())[of] != settings_of(pipe, usual(**more))[of]
+
+
+def test_settings_of_a_call() -> None:
+    assert differing("steps", num_inference_steps=4) and not differing("size", guidance_scale=4.0)
+    assert differing("size", height=32) and not differing("guidance", height=32, prompt="b")
+    assert differing("guidance", guidance_scale=4.0) and not differing("guidance", guidance_scale=3)
+    assert differing("scheduler", sigmas=[1.0, 0.5])
+    assert differing("scheduler", sigmas="few")  # which the pipeline refuses, not this
+    # What is left out counts as its default.
+    assert not differing("steps", num_inference_steps=3) and not differing("size")
+    pipe = pipelines.tiny("sd3")
+    assert (
+        settings_of(pipe, {})["guidance"] == settings_of(pipe, {"guidance_scale": 7.0})["guidance"]
+    )
+    other = pipelines.tiny("sd3", scheduler="FlowMatchHeunDiscreteScheduler")
+    shifted = pipelines.tiny("sd3")
+    shifted.scheduler.register_to_config(shift=2.0)
+    known = [settings_of(one, usual())["scheduler"] for one in (pipe, other, shifted)]
+    assert known[0] not in known[1:] and known[1] != known[2]
+    assert json.loads(json.dumps(settings_of(pipe, usual()))) == settings_of(pipe, usual())
+    for slug in registry.names(engine="denoise"):
+        assert set(registry.get(slug).part_settings) <= set(KINDS), slug
+
+
+def test_a_negative_prompt_turns_some_guidance_on() -> None:
+    pipe = pipelines.tiny("flux")
+    assert (
+        settings_of(pipe, {"negative_prompt": "b"})["guidance"] != settings_of(pipe, {})["guidance"]
+    )
+
+
+def test_a_call_gets_the_parts_that_were_made_for_it() -> None:
+    pipe, made = pipelines.tiny("sd3"), {}
+    for guidance in (2.0, 8.0):
+        arguments = usual(guidance_scale=guidance)
+        made[guidance] = hasten.prepare(pipe, "mag_cache", arguments=arguments, **RATIOS)
+    ratios = {scale: found["mag_cache"]["ratios"] for scale, found in made.items()}
+    assert not torch.equal(*ratios.values())
+    with hasten.apply(pipe, "mag_cache(threshold=9.0)") as fast:
+        for guidance in (2.0, 8.0, 2.0):
+            more = {"num_inference_steps": 3, "guidance_scale": guidance, "negative_prompt": None}
+            fast(**pipelines.call("sd3", **more))
+            assert torch.equal(fast.parts["mag_cache"]["ratios"], ratios[guidance])
+            ((_, bound),) = fast.bound
+            assert torch.equal(bound["ratios"], ratios[guidance])
+
+
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"guidance_scale": 4.0}, "is for guidance_scale=3.0, and this call has guidance_scale=4.0"),
+    ({"height": 32}, "is for height=16, and this call has height=32"),
+    ({"num_inference_steps": 5}, "is for num_inference_steps=3, and"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), OTHERS)
+def test_a_call_that_no_parts_were_made_for_is_refused(
+    more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    pipe = pipelines.tiny("sd3")
+    made = hasten.prepare(pipe, "mag_cache", arguments=usual(), **RATIOS)
+    with hasten.apply(pipe, "mag_cache") as fast:
+        fast(**pipelines.call("sd3", **usual()))
+        hasten.save(fast, tmp_path / "saved")
+        with watched(pipe) as calls, pytest.raises(PlanError) as caught:
+            fast(**pipelines.call("sd3", **usual(**more)))
+        assert words in str(caught.value) and "\n" not in str(caught.value) and not calls
+        fast(**pipelines.call("sd3", **usual()))  # nothing came of it
+    with hasten.load(tmp_path / "saved", pipe) as fast, pytest.raises(PlanError, match=words):
+        fast(**pipelines.call("sd3", **usual(**more)))
+    # Parts that are handed over are the caller's own affair.
+    with hasten.apply(pipe, "mag_cache", parts=made) as fast:
+        fast(**pipelines.call("sd3", **usual(**more)))
+
+
+def test_parts_for_another_scheduler_are_refused() -> None:
+    hasten.prepare(pipelines.tiny("sd3"), "mag_cache", arguments=usual(), **RATIOS)
+    other = pipelines.tiny("sd3", scheduler="FlowMatchHeunDiscreteScheduler")
+    with (
+        hasten.apply(other, "mag_cache") as fast,
+        pytest.raises(
+            PlanError, match=r"is for scheduler=FlowMatchEuler.*call has .*FlowMatchHeun"
+        ),
+    ):
+        fast(**pipelines.call("sd3", **usual()))
+
+
+def test_a_search_for_another_guidance_is_made_anew() -> None:
+    """Also where the plan names the same knobs; and a router may be used at any guidance."""
+    pipe, said = pipelines.tiny("dit"), list[str]()
+    options = OPTIONS | {"tick": lambda done, total, message: said.append(message)}
+    searched = []
+    for guidance in (2.0, 4.0, 2.0):
+        said.clear()
+        hasten.bench(pipe, SEARCH, beside=["harmonica"], **options | {"guidance": guidance})
+        trained = [words for words in said if words.startswith("training ")]
+        searched.append({words.removeprefix("training ").split("(")[0] for words in trained})
+    assert searched == [{"auto_diffusion", "harmonica"}, {"auto_diffusion"}, set()]
+
+
+def test_without_training_parts_for_other_calls_are_no_parts() -> None:
+    pipe = pipelines.tiny("sd3")
+    hasten.prepare(pipe, "mag_cache", arguments=usual(), **RATIOS)
+    with pytest.raises(PlanError, match="No trained part for mag_cache"):
+        hasten.bench(pipe, "mag_cache", prepare_missing=False, **OPTIONS)
+
+
+def test_files_that_do_not_say_what_they_are_for_are_passed_over() -> None:
+    """As they were written before settings stood in them."""
+    pipe = pipelines.tiny("sd3")
+    subject, (technique,) = open_subject(pipe), Plan.parse("mag_cache")
+    parts = {"ratios": torch.ones(3)}
+    save_part(default_path(technique, subject.hash), technique, parts, subject.hash)
+    with pytest.raises(PlanError, match="has no trained part"):
+        hasten.apply(pipe, "mag_cache")
 
 
 # ------------------------------------------------------------------------- numbers of steps
@@ -168,7 +299,8 @@ def test_prepare_and_generate_on_the_command_line(folder: str, home: Path) -> No
     data = json.loads(result.stdout)
     assert data["plan"] == "harmonica(steps=4)"
     (made,) = data["prepared"]
-    path = default_path(*Plan.parse("harmonica(steps=4)"), data["subject"]["hash"])
+    settings = settings_of(pipelines.tiny("sd3"), {"height": 16, "width": 16})
+    path = default_path(*Plan.parse("harmonica(steps=4)"), data["subject"]["hash"], settings)
     assert made["technique"] == "harmonica" and Path(made["path"]) == path and path.is_file()
     assert made["parameters"] > 0
     paint = ["generate", folder, "--with", "harmonica", "--prompt", "circle", *size]

@@ -32,8 +32,9 @@ FEW_STEPS, MANY_PICTURES = 10, 96  # for distances between sets
 USUAL: dict[str, Any] = {"guidance_scale": 4.0}
 SLUGS = [slug for slug in registry.names(engine="denoise") if registry.get(slug).card.rival]
 
-# Knobs where the defaults ask for more than a test can spend.
+# Knobs where the defaults ask for more than a test can spend, or for more than 256 tokens.
 KNOBS: dict[str, dict[str, Any]] = {
+    "adaspa": {"block": 16},  # of four blocks of 64 a query would read its own and no other
     "rollover_budget_forcing": {"budget": 60},
     "auto_diffusion": {"steps": 6, "population": 8, "samples": 64},
 }
@@ -49,7 +50,7 @@ def parts(plan: str) -> dict[str, Parts]:
     """Trained parts of a plan that needs some."""
     if not any(technique.trained for technique in Plan.parse(plan)):
         return {}
-    return hasten.prepare(drawn.model("scenes-dit"), plan, arguments=USUAL, write=False)
+    return hasten.prepare("scenes-dit", plan, arguments=USUAL, write=False)
 
 
 @cache

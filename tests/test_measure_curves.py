@@ -8,7 +8,7 @@ import pytest
 
 from hasten.measure import curves
 from hasten.measure.curves import quality_plot, series_of
-from hasten.measure.plots import INK, MUTED, SERIES
+from hasten.measure.plots.canvas import INK, MUTED, SERIES
 
 pytest.importorskip("matplotlib")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hasten.measure.image_quality import MOST_DB, psnr, ssim
+from hasten.measure.image_quality import MOST_DB, differing, psnr, ssim
 
 
 @pytest.fixture
@@ -18,6 +18,13 @@ def pictures() -> np.ndarray:
 def test_psnr_of_a_known_error(pictures: np.ndarray) -> None:
     assert psnr(pictures + 0.1, pictures) == pytest.approx(np.full(6, 20.0))
     assert (psnr(pictures, pictures) == MOST_DB).all()
+
+
+def test_identical_pictures_stand_beside_the_others(pictures: np.ndarray) -> None:
+    decibels = psnr(np.concatenate([pictures, pictures + 0.1]), np.concatenate([pictures] * 2))
+    assert differing(decibels) == pytest.approx(np.full(6, 20.0))
+    assert differing(decibels[6:]) == pytest.approx(decibels[6:])
+    assert (differing(decibels[:6]) == MOST_DB).all()  # there are no others
 
 
 def test_ssim_against_the_formula(pictures: np.ndarray) -> None:

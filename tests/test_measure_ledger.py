@@ -19,6 +19,7 @@ import pytest
 
 from hasten.errors import HastenError
 from hasten.measure.ledger import Entry, Ledger, is_stale, stale_reasons
+from hasten.measure.machine import OF_PIPELINES, versions
 
 
 def entry(number: int = 0, **fields: object) -> Entry:
@@ -108,6 +109,24 @@ def test_stale_when_versions_or_machine_change() -> None:
     assert stale_reasons(replace(fresh, fingerprint="elsewhere")) == ("another machine",)
     assert is_stale(replace(fresh, versions={}))
     assert stale_reasons(older, now_versions=older.versions) == ()
+
+
+def test_entries_of_pipelines_depend_on_diffusers_and_others_do_not(ledger: Ledger) -> None:
+    row = {"images_per_second": {"median": 1.0}}
+    here = versions(*OF_PIPELINES)
+    fresh = entry(row=row, versions=here)
+    assert "diffusers" in here and not is_stale(ledger.record(fresh))
+    (found,) = ledger.entries()
+    assert not is_stale(found) and found.versions["diffusers"] == here["diffusers"]
+    older = replace(fresh, versions={**here, "diffusers": "0.1"})
+    assert stale_reasons(older) == (f"diffusers 0.1 then, {here['diffusers']} now",)
+    # Written before its version was: what it was, nobody knows.
+    unknown = replace(fresh, versions=versions())
+    assert stale_reasons(unknown, now_versions=here) == (
+        f"diffusers unknown then, {here['diffusers']} now",
+    )
+    text = entry(row={"tokens_per_second": {"median": 1.0}})
+    assert not is_stale(text) and stale_reasons(text, now_versions=here) == ()
 
 
 def test_all_or_nothing(ledger: Ledger) -> None:

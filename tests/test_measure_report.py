@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hasten.errors import HastenError
-from hasten.measure import plots
+from hasten.measure.plots import canvas
 from hasten.measure.report import headline, report_html, write_report
 
 pytest.importorskip("matplotlib")
@@ -166,7 +166,7 @@ def test_each_piece_may_be_missing(result: dict[str, Any], monkeypatch: pytest.M
     result["rows"] = result["rows"][:1]
     result["pairs"] = result["pairs"][:1]
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "_inline", lambda figure, *_: "<svg></svg>")  # drawn, not written
+        patch.setattr(canvas, "_inline", lambda figure, *_: "<svg></svg>")  # drawn, not written
         for key in list(result):
             checked(report_html({k: v for k, v in result.items() if k != key}))
     bare = copy.deepcopy(result)

@@ -70,6 +70,20 @@ def test_quality_is_read_in_any_shape() -> None:
     assert view.main_quality({"quality": {}}) is None
 
 
+@pytest.mark.parametrize(
+    ("identical", "words"),
+    [
+        (0, "8 units"),
+        (3, "8 units, 3 left out of the mean, being identical to the original's"),
+        (8, "8 units, all identical to the original's"),
+    ],
+)
+def test_identical_pictures_are_said(identical: int, words: str) -> None:
+    entry = {"value": 30.0, "unit": "dB", "num_units": 8, "num_identical": identical}
+    (quality,) = view.qualities({"quality": {"psnr": entry}})
+    assert quality.remarks == words and quality.words == "30 dB"
+
+
 def test_claims() -> None:
     assert (
         view.claim_words({"what": "speed-up", "value": 2.3, "where": "there"})

@@ -9,7 +9,6 @@ real scenes.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,11 +36,12 @@ from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.inputs import refusals
 from hasten.denoise.pipelines import quiet
 from hasten.denoise.shares import Shares, measure_shares
+from hasten.denoise.suits import check_plan
 from hasten.errors import HastenError
 from hasten.measure.ceilings import reached
 from hasten.measure.clock import MIN_ROUNDS, Sample, Timings, interleave, stopwatch
 from hasten.measure.limits import Limits, limits
-from hasten.measure.machine import machine, versions
+from hasten.measure.machine import OF_PIPELINES, machine, versions
 from hasten.measure.memory import peak_memory
 from hasten.measure.pictures import Samples
 from hasten.plan import Plan
@@ -271,14 +271,13 @@ def bench_denoise(
     )
     for plan in plans:
         check_runner("eager" if runner == "auto" else runner, plan)
-        for technique in plan:
-            technique.check(subject.pipe)  # type: ignore[attr-defined]
+        check_plan(subject.pipe, plan)
     judged = make[:pictures] if quality else []
     with ExitStack() as stack:
         for one in (subject, *([stored] if stored is not None else [])):
             stack.enter_context(quiet(one.pipe))
         if not train:
-            check_parts(subject, plans)
+            check_parts(subject, plans, training_arguments(make[0]))
         job = DenoiseJob(subject, plans, make[:NUM_TIMED], judged, judge, seed, tick)
         job.try_out([Plan(())])  # training for a call that the pipeline refuses would be in vain
         train_parts(
@@ -297,7 +296,7 @@ def bench_denoise(
     captions = [texts[i % len(texts)] for i in range(len(job.shown[BASELINE]))]
     return {
         "machine": machine(),
-        "versions": versions() | {"diffusers": importlib.metadata.version("diffusers")},
+        "versions": versions(*OF_PIPELINES),
         "threads": torch.get_num_threads(),
         "seed": seed,
         "subject": job.subject.describe() | {"runner": chosen},

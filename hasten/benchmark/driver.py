@@ -309,6 +309,7 @@ def _record(result: dict[str, Any]) -> None:
             threads=result["threads"],
             seed=result["seed"],
             row=row,
+            versions=result["versions"],
         )
         for row in (*result["rows"], *result["beside"])
     ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hasten.api import prepare
+from hasten.denoise.call_settings import settings_of
 from hasten.errors import PlanError
 from hasten.parts import find
 from hasten.plan import Plan
@@ -17,9 +18,11 @@ Tick = Callable[[int, int, str], None]
 PREPARE_BYTES = 4_000_000  # of the standard library, to train parts of language models on
 
 
-def check_parts(subject: Subject, plans: Iterable[Plan]) -> None:
-    """Raise one PlanError that names every part that is missing."""
-    absent = [str(Plan.parse(technique)) for technique in missing(subject, plans)]
+def check_parts(
+    subject: Subject, plans: Iterable[Plan], arguments: Mapping[str, Any] | None = None
+) -> None:
+    """Raise one PlanError that names every part that is missing; `arguments` as for `train_parts`."""
+    absent = [str(Plan.parse(technique)) for technique in missing(subject, plans, arguments)]
     if absent:
         options = " ".join(f'--with "{text}"' for text in absent)
         raise PlanError(
@@ -44,7 +47,7 @@ def train_parts(
     Args:
         prompts, arguments: for a Diffusers pipeline, as `hasten.prepare` takes them.
     """
-    absent = missing(subject, plans)
+    absent = missing(subject, plans, arguments)
     texts = _texts() if absent and subject.pipe is None else []
     for number, technique in enumerate(absent, start=1):
         place = f" ({number} of {len(absent)})" if len(absent) > 1 else ""
@@ -61,13 +64,20 @@ def train_parts(
         )
 
 
-def missing(subject: Subject, plans: Iterable[Plan]) -> list[Technique]:
-    """Techniques that need parts for this model and find none, each once."""
+def missing(
+    subject: Subject, plans: Iterable[Plan], arguments: Mapping[str, Any] | None = None
+) -> list[Technique]:
+    """Techniques that need parts for this model and find none, each once.
+
+    Args:
+        arguments: of a pipeline's call, for which the parts are to be.
+    """
+    settings = None if subject.pipe is None else settings_of(subject.pipe, arguments or {})
     absent = {
         str(Plan.parse(technique)): technique
         for plan in plans
         for technique in plan
-        if technique.trained and find(technique, subject.hash) is None
+        if technique.trained and find(technique, subject.hash, settings) is None
     }
     by_part = {(t.name, tuple(t.knobs[k] for k in t.part_knobs)): t for t in absent.values()}
     return list(by_part.values())

@@ -251,6 +251,7 @@ def prepare(
         quiet_libraries(as_json, model)
         use_threads(threads)
         import hasten
+        from hasten.denoise.call_settings import settings_of
         from hasten.parts import default_path
 
         subject = hasten.open_subject(model)
@@ -273,10 +274,11 @@ def prepare(
                 seed=seed,
                 tick=tick,
             )
+        settings = None if subject.pipe is None else settings_of(subject.pipe, further)
         rows = [
             {
                 "technique": technique.name,
-                "path": default_path(technique, subject.hash),
+                "path": default_path(technique, subject.hash, settings),
                 "tensors": len(made[technique.name]),
                 "parameters": sum(tensor.numel() for tensor in made[technique.name].values()),
             }

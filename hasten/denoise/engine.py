@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 from hasten.applied import AppliedPlan
+from hasten.denoise.call_settings import settings_of
 from hasten.denoise.compiled import check_runner, compiled
 from hasten.denoise.inputs import COUNT, check_steps
 from hasten.denoise.network import networks
 from hasten.denoise.run import Run, Slots
+from hasten.denoise.suits import check_plan
+from hasten.parts import parts_for_call
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Parts
@@ -43,8 +47,7 @@ class DenoiseModel(AppliedPlan):
         check_runner(runner, plan)
         pipe = subject.pipe
         assert pipe is not None, "the subject is of another engine"
-        for technique in plan:
-            technique.check(pipe)  # type: ignore[attr-defined]
+        check_plan(pipe, plan)
         super().__init__(subject, plan, networks(pipe)[0], parts, exclusive=exclusive)
         self.pipe = pipe
         self.runner = runner
@@ -77,9 +80,11 @@ class DenoiseModel(AppliedPlan):
         return Run(self.pipe, self._slots())
 
     def _execute(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
         if kwargs.get(COUNT) is not None:
             check_steps(self.pipe, kwargs[COUNT])
+        if self._take_parts(args, kwargs):
+            run.slots = self._slots()
+        start = time.perf_counter()
         try:
             with (
                 compiled(self.pipe) if self.runner == "compiled" else nullcontext(),
@@ -91,3 +96,24 @@ class DenoiseModel(AppliedPlan):
             self.seconds = time.perf_counter() - start
             self.network_seconds = run.seconds
             self.activity = dict(run.activity)
+
+    def _take_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take the trained parts that were made for such a call; whether any are others than before.
+
+        Raises:
+            PlanError: where a technique's parts are for other calls, and there are none for this one.
+        """
+        choosing = [t for t in self.plan if t.trained and t.part_settings]
+        if not choosing:
+            return False
+        names = inspect.signature(self.pipe.__call__).parameters
+        settings = settings_of(self.pipe, {**dict(zip(names, args, strict=False)), **kwargs})
+        changed = False
+        for technique in choosing:
+            had = self.parts[technique.name]
+            parts = parts_for_call(technique, self.subject, had, settings)
+            if parts is not had:
+                self.parts[technique.name], changed = parts, True
+        if changed:
+            self._bind()
+        return changed

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -99,15 +100,30 @@ def _sizes(call: Call) -> Iterator[Grid]:
         if isinstance(given.get("height"), int):
             yield int(given.get("num_frames") or 1), given["height"], given["width"]
         ids = given.get("img_ids")
-        if isinstance(
-            ids, Tensor
-        ):  # (..., tokens, axes): time or kind, row, column, and maybe more
-            last = ids.reshape(-1, ids.shape[-1]).amax(dim=0)
+        if isinstance(ids, Tensor):  # (..., tokens, axes): time or kind, row, column, maybe more
+            last = ids.reshape(-1, ids.shape[-1])[: own_tokens(call)].amax(dim=0)
             yield 1, int(last[1]) + 1, int(last[2]) + 1
         shapes = given.get("img_shapes")
         if shapes:
             first = shapes[0]
             yield tuple(first[0] if isinstance(first, list) else first)
+
+
+def own_tokens(call: Call) -> int:
+    """How many of the tokens that a network is given are the sample's.
+
+    Where a picture is edited, the tokens of the one that is shown stand behind them, numbered as of
+    another kind or with a shape of their own.
+    """
+    ids, shapes = call.kwargs.get("img_ids"), call.kwargs.get("img_shapes")
+    tokens = call.x.shape[1]
+    if isinstance(ids, Tensor):
+        kinds = ids.reshape(-1, ids.shape[-1])[:tokens, 0]
+        others = (kinds != kinds[0]).nonzero()
+        return int(others[0, 0]) if len(others) else tokens
+    if shapes and isinstance(shapes[0], list):
+        return min(tokens, math.prod(shapes[0][0]))
+    return tokens
 
 
 def _patch(config: Any) -> Grid:
@@ -154,8 +170,11 @@ def sample_tokens(forward: Callable[..., Any], call: Call, length: int) -> range
     Before the first such attention the sample has changed no other token. So the network runs up
     to there with the sample and with another one, and those keys that differ are the sample's.
     """
-    keys = []
-    for x in (call.x, 1.5 - 2.0 * call.x):
+    keys, other = [], 1.5 - 2.0 * call.x
+    if call.x.ndim == 3:
+        own = own_tokens(call)
+        other = torch.cat([other[:, :own], call.x[:, own:]], dim=1)
+    for x in (call.x, other):
         again = Call(call.module, (), dict(call.kwargs), call.branch)
         again.x = x
         listening = _Listening(length)

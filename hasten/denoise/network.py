@@ -35,17 +35,21 @@ def networks(pipe: Any) -> list[nn.Module]:
     return modules
 
 
-TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "vision_timesteps")
 """What networks call the time that they are told."""
+
+PACKED = "vision_tokens"
+"""What networks call the sample that do not take it first, but pack it with text and sound."""
 
 
 def _is_told_the_time(part: Any) -> bool:
     kind: Any = type(part)
-    return isinstance(part, nn.Module) and bool(set(_parameters(kind)) & set(TIMES))
+    return isinstance(part, nn.Module) and bool(set(parameters(kind)) & set(TIMES))
 
 
 @cache
-def _parameters(kind: Any) -> tuple[str, ...]:
+def parameters(kind: Any) -> tuple[str, ...]:
+    """Names of what a network's class takes, in order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
@@ -63,11 +67,12 @@ class Call:
     ) -> None:
         # Compiled as a whole, a network stands in a case that takes any arguments.
         kind: Any = type(getattr(module, "_orig_mod", module))
-        names = _parameters(kind)
+        names = parameters(kind)
         self.module = module
         self.kwargs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self.branch = branch
-        self._input = names[0]  # sample, hidden_states or x: always the first
+        # sample, hidden_states or x: the first, but where it is packed
+        self._input = PACKED if PACKED in names else names[0]
         self._time = next((name for name in names if name in TIMES), "timestep")
 
     @property
@@ -94,6 +99,12 @@ class Call:
     def rows(self) -> int:
         """How many samples it holds, both branches of guidance counted."""
         return len(self.kwargs[self._input])
+
+    @property
+    def fills_cache(self) -> bool:
+        """Whether it only fills the network's own cache, of frames that are done, and puts out nothing."""
+        flags = self.kwargs.get("kv_cache_flag")
+        return isinstance(flags, dict) and bool(flags.get("is_cache_step"))
 
     def take(self, rows: Tensor) -> Call:
         """The same call for some of its rows only: whatever has a row for each sample is cut."""
@@ -136,12 +147,7 @@ def _cut(value: Any, rows: Tensor, count: int) -> Any:
 
 
 def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A network's output as a tensor with rows first, and how to give it back as it was.
-
-    Some networks put out None where a call only fills their own cache.
-    """
-    if output is None:
-        return None, lambda new: new
+    """A network's output as a tensor with rows first, and how to give it back as it was."""
     if isinstance(output, tuple):
         tensor, pack = unpack(output[0])
         return tensor, lambda new: (pack(new), *output[1:])

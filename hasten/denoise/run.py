@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hasten.denoise.blocks import Inside
 from hasten.denoise.guidance import Guidance, find_guidance, like
+from hasten.denoise.inside import Inside
 from hasten.denoise.layout import Layout, sample_tokens
 from hasten.denoise.levels import Level, level
 from hasten.denoise.network import Call, hooked, networks, undisturbed, unpack
@@ -29,6 +29,7 @@ from hasten.denoise.slots import (
     Schedule,
     State,
 )
+from hasten.denoise.suits import check_call
 from hasten.errors import PlanError
 
 NAME = "hasten"
@@ -127,6 +128,7 @@ class Run:
         self._call: Call | None = None
         self.looking = False  # a forward pass is under way that is not the pipeline's
         self._tokens: dict[tuple[int, int, int], range | None] = {}
+        self._arguments: dict[str, Any] = {}  # of the pipeline's call, as the caller gave them
 
     # -- what techniques read ----------------------------------------------------------------------
     def state(self, entry: tuple[DenoiseTechnique, Any]) -> Any:
@@ -197,18 +199,35 @@ class Run:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the pipeline's call as the plan wants them."""
         names = list(inspect.signature(self.pipe.__call__).parameters)
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        return args[len(names) :], self._ask()
+
+    def _ask(self) -> dict[str, Any]:
+        arguments = dict(self._arguments)
         for technique, _ in self.slots.entries():
             technique.ask(self.states[id(technique)], self, arguments)
-        return args[len(names) :], arguments
+        return arguments
 
     def _begin(self) -> None:
         for technique, bound in self.slots.entries():
             self.states[id(technique)] = technique.begin(self, bound)
 
+    def _begin_again(self) -> None:
+        """Forget the loop that was walked: the call goes on with another sample, from noise again.
+
+        Pipelines that make a clip chunk by chunk do so. What is remembered of one chunk says nothing
+        of the next, even where both have the same shape.
+        """
+        self._finish()
+        self.computed, self.running, self.wanted = [], True, None
+        self.guidance, self._shape = None, None
+        self._tokens.clear()
+        self._begin()
+        if self._arguments:
+            self._ask()  # some techniques note what they are asked with
+
     def _restart(self) -> None:
         """Begin anew what remembers tensors of the sample's size."""
-        self.computed = []
         self.computed = []
         keep = [e for e in (self.slots.schedule, self.slots.state, self.slots.guider) if e]
         kept = {id(e[0]) for e in keep}
@@ -225,6 +244,8 @@ class Run:
     # -- the scheduler's timesteps -----------------------------------------------------------------
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
+        if self.index:
+            self._begin_again()
         self.index, self.calls, self.first, self.gaps = 0, 0, 0, None
         self.num_steps = len(self.scheduler.timesteps)
         planners = {id(e[0]): e for e in (self.slots.schedule, self.slots.state) if e is not None}
@@ -238,6 +259,9 @@ class Run:
         self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         call = Call(module, args, dict(kwargs), self.calls)
+        if call.fills_cache:
+            return self._fill_cache(call, original)
+        check_call(call, self.slots.entries())
         if self.slots.state is not None:
             self.slots.state[0].feed(self.state(self.slots.state), self, call)
         if self.index == 0 and self.calls == 0:
@@ -258,14 +282,22 @@ class Run:
             self.activity["skipped"] += 1
             return self._pack(gate[0].predict(self.state(gate), self, call))
         output, self._pack = self._compute(call, original)
-        if output is None:  # a call that only fills a cache
-            self.calls -= 1
-            return self._pack(output)
         if self.running:
             self.computed.append(output)
             if gate is not None:
                 gate[0].observe(self.state(gate), self, call, output)
         return self._pack(output)
+
+    def _fill_cache(self, call: Call, original: Callable[..., Any]) -> Any:
+        """Run a call that belongs to no step, with no technique inside the network either."""
+        start, self.looking = time.perf_counter(), True
+        try:
+            return original(**call.kwargs)
+        finally:
+            self.looking = False
+            self.seconds += time.perf_counter() - start
+            self.activity["calls"] += 1
+            self.activity["rows"] += call.rows
 
     def _known(self, call: Call) -> bool:
         """Whether the last step that ran made such a call; some guide for a part of the way only."""
@@ -329,7 +361,7 @@ class Run:
         self.seconds += time.perf_counter() - start
         self.activity["calls"] += 1
         self.activity["rows"] += call.rows
-        if self.slots.state is not None and output is not None:
+        if self.slots.state is not None:
             output = self.slots.state[0].receive(self.state(self.slots.state), self, call, output)
         return output, pack
 

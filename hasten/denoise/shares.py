@@ -26,7 +26,7 @@ class Shares:
     Attributes:
         calls: the network.
         guidance: the network's unconditional branch.
-        blocks: transformer blocks.
+        blocks: transformer blocks; of a U-Net its residual and attention layers.
         attention: attention over the sample's own tokens, without its projections.
         flops: floating-point operations of the whole call.
         num_calls: network calls.

@@ -10,8 +10,10 @@
 The loop is the pipeline's own. A technique is asked at three points of it: when the scheduler has
 made its timesteps, at each network call, and at each step of the scheduler. A slot's methods get
 `state`, what the technique's own `begin` returned for this call, because technique objects hold
-knobs only. `run` is the call in progress (`hasten.denoise.run.Run`). A state is begun anew when the
-sample's size changes on the way.
+knobs only. `run` is the call in progress (`hasten.denoise.run.Run`). A state is begun anew for each
+call, when the sample's size changes on the way, and when a pipeline walks another loop in the same
+call, as for the next chunk of a clip. Few networks take techniques in some slots only
+(`hasten.denoise.suits`).
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class DenoiseTechnique(Technique):
         return self.begin(run, bound)
 
     def finish(self, state: Any, run: Run) -> None:
-        """Called once when the call ends, also when it failed; a place for last counters."""
+        """Called once when the call, or a loop of it, ends, also when it failed; for last counters."""
 
 
 class Schedule(DenoiseTechnique):
@@ -121,18 +123,27 @@ class Guider(DenoiseTechnique):
 
 
 class Block(DenoiseTechnique):
-    """Reuses what blocks of the network computed before."""
+    """Reuses what blocks of the network computed before.
 
-    sublayers = False  # whether it is asked at each attention and feed-forward layer too
+    It is asked at each transformer block; in a U-Net, which has none, at the residual and attention
+    layers of its stages that leave the sample's size alone (`blocks.layers`). What works on blocks
+    of tokens only says so in `check`.
+    """
+
+    # Whether it is asked at each attention and feed-forward layer of a transformer block too.
+    sublayers = False
 
     def block(self, state: Any, run: Run, call: BlockCall) -> Any:
-        """The block's output: `call.compute()`, or something that stands for it."""
+        """The output of a block or of a U-Net's layer: `call.compute()`, or what stands for it."""
         return call.compute()
 
     def sublayer(
         self, state: Any, run: Run, key: tuple[int, str], compute: Callable[[], Any]
     ) -> Any:
-        """The output of a layer inside a block, before the block's gate; `key` is (block, name)."""
+        """The output of a layer inside a transformer block, before the block's gate.
+
+        `key` is (block, name). Not asked in a U-Net.
+        """
         return compute()
 
 
@@ -142,6 +153,7 @@ class Attention(DenoiseTechnique):
     def attend(self, state: Any, run: Run, call: AttentionCall) -> Tensor:
         """(batch, heads, length, head_dim) attention over the sample's tokens and the text's.
 
+        Asked in transformer blocks, and in the attention layers of a U-Net at each of its sizes.
         `run.layout` says how the sample's tokens lie; `call.dense()` is the network's own.
         """
         raise NotImplementedError
@@ -162,5 +174,8 @@ class State(DenoiseTechnique):
         return solve()
 
     def wrap_blocks(self, state: Any, run: Run, call: BlockCall) -> Any:
-        """As `Block.block`, around any technique of that slot; for tokens that are left out."""
+        """As `Block.block`, around any technique of that slot; for tokens that are left out.
+
+        Of a U-Net too, whose layers have no tokens.
+        """
         return call.compute()

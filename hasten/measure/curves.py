@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.measure import view
 from hasten.measure.image_quality import MOST_DB as SAME_DB
-from hasten.measure.plots import INK, MUTED, PAPER, SERIES, both, new_figure, wrapped
+from hasten.measure.plots.canvas import INK, MUTED, PAPER, SERIES, both, new_figure, wrapped
 from hasten.measure.view import Quality, number, text
 
 if TYPE_CHECKING:

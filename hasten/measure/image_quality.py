@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 WINDOW = 7  # pixels, of the squares over which SSIM compares
-MOST_DB = 100.0  # stands for equal pictures, whose PSNR is infinite
+MOST_DB = 100.0  # stands for identical pictures, whose PSNR is infinite; see `differing`
 
 
 def psnr(ours: Array, theirs: Array) -> Array:
@@ -21,6 +21,18 @@ def psnr(ours: Array, theirs: Array) -> Array:
     floor = 10 ** (-MOST_DB / 10)
     found: Array = -10 * np.log10(np.maximum(error, floor))
     return found
+
+
+def differing(decibels: Array) -> Array:
+    """The PSNR of pictures that are not identical to their originals; all of them where every one is.
+
+    A mean over both kinds would say little: the PSNR of identical pictures is infinite, so whatever
+    stands for it, a few of them lift the mean by as much as one likes. So the mean is that of the
+    others, as in the papers, whose pictures all differ; and how many are identical is said beside
+    it.
+    """
+    others: Array = decibels[decibels < MOST_DB]
+    return others if len(others) else decibels
 
 
 def ssim(ours: Array, theirs: Array) -> Array:

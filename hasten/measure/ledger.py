@@ -19,7 +19,7 @@ from typing import Any
 
 from hasten.errors import HastenError
 from hasten.home import ensure_folder, home
-from hasten.measure.machine import machine, versions
+from hasten.measure.machine import OF_PIPELINES, machine, versions
 from hasten.measure.plain import plain
 
 SCHEMA = 1
@@ -86,18 +86,26 @@ def stale_reasons(
 ) -> tuple[str, ...]:
     """Why an entry's figures need not hold here and now; empty where nothing has changed.
 
-    Give `now_versions` and `now_fingerprint` to judge many entries at one look at the machine.
+    Give `now_versions` (with those of `OF_PIPELINES`) and `now_fingerprint` to judge many entries
+    at one look at the machine.
     """
-    here = versions() if now_versions is None else now_versions
+    here = versions(*OF_PIPELINES) if now_versions is None else now_versions
     fingerprint = machine().fingerprint if now_fingerprint is None else now_fingerprint
+    # What only pipelines depend on says nothing about other subjects.
+    others = () if _is_of_a_pipeline(entry) else OF_PIPELINES
     reasons = [
         f"{name} {entry.versions.get(name, 'unknown')} then, {here.get(name, 'unknown')} now"
-        for name in sorted({*here, *entry.versions})
+        for name in sorted({*here, *entry.versions}.difference(others))
         if here.get(name) != entry.versions.get(name)
     ]
     if entry.fingerprint != fingerprint:
         reasons.append("another machine")
     return tuple(reasons)
+
+
+def _is_of_a_pipeline(entry: Entry) -> bool:
+    """Whether pictures were counted; entries that were written earlier do not name Diffusers."""
+    return "images_per_second" in entry.row or not set(OF_PIPELINES).isdisjoint(entry.versions)
 
 
 def is_stale(entry: Entry) -> bool:

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+OF_PIPELINES = ("diffusers",)
+"""Packages on which measurements of pipelines depend, beside those on which all do."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -71,13 +74,17 @@ def machine() -> Machine:
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that a measurement depends on: name -> version."""
+def versions(*further: str) -> dict[str, str]:
+    """Versions of everything that a measurement depends on: name -> version.
+
+    Args:
+        further: packages on which only some measurements depend, such as `OF_PIPELINES`.
+    """
     found = {"hasten": _hasten_version(), "torch": torch.__version__}
     for package in ("transformers", "numpy"):
         found[package] = _installed(package)
     found["python"] = platform.python_version()
-    return found
+    return found | {package: _installed(package) for package in further}
 
 
 def _hasten_version() -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from hasten.measure import view
 from hasten.measure.ledger import Entry, stale_reasons
 from hasten.measure.limits import MATRIX_TYPES, MIB, Limits
-from hasten.measure.machine import machine, versions
+from hasten.measure.machine import OF_PIPELINES, machine, versions
 from hasten.measure.view import CITED, DASH, MEASURED, MODELLED, number, text
 
 _VERDICT_STYLES = {"faster": "green", "no gain": "yellow", "inactive": "magenta", "broken": "red"}
@@ -166,7 +166,7 @@ def ledger_table(entries: Iterable[Entry], cards: Mapping[str, Any] | None = Non
     claims = Text("claims", style="bold").append(f"\n{CITED}", style="dim italic")
     table.add_column(claims, overflow="fold", min_width=12)
     table.add_column("measured on", overflow="fold", min_width=10)
-    here, now = machine().fingerprint, versions()
+    here, now = machine().fingerprint, versions(*OF_PIPELINES)
     any_stale = False
     for entry in entries:
         reasons = stale_reasons(entry, now_versions=now, now_fingerprint=here)

@@ -261,10 +261,15 @@ def _quality(metric: str, found: Any) -> Quality:
     if value is None:
         value = number(found, "share")
     known = {"value", "share", "original", "recovery", "interval", "num_units", "unit"}
+    known |= {"num_identical"}  # worth a remark only where there are some
     remarks = [f"{key.replace('_', ' ')}: {text(found, key)}" for key in found if key not in known]
     units = number(found, "num_units")
     if units is not None:
         remarks.append(f"{units:.0f} units")
+    identical = number(found, "num_identical")
+    if identical:
+        which = "all" if identical == units else f"{identical:.0f} left out of the mean, being"
+        remarks.append(f"{which} identical to the original's")
     return Quality(
         metric=metric,
         value=value,

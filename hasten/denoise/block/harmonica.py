@@ -115,6 +115,7 @@ class Harmonica(Block):
         phase=Phase.PASS,
     )
     part_knobs: ClassVar[tuple[str, ...]] = ("steps", "beta", "trajectory", "weigh")
+    part_settings: ClassVar[tuple[str, ...]] = ("size", "scheduler")
 
     steps: int = knob(50, "steps of the sampler for which the table is", low=2)
     beta: float = knob(

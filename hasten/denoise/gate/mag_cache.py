@@ -38,6 +38,7 @@ class MagCache(DiffusersCache):
         "MagCache", "https://github.com/Zehong-Ma/MagCache", {"max_skips": 0}, trained=True
     )
     contract: ClassVar[Contract] = replace(CONTRACT, runners=frozenset({"eager", "compiled"}))
+    part_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance", "size", "scheduler")
 
     threshold: float = knob(
         0.06, "summed expected change up to which blocks are skipped; higher skips more", low=0.0

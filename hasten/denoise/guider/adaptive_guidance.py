@@ -97,6 +97,7 @@ class AdaptiveGuidance(Guider):
         ),
     )
     part_knobs: ClassVar[tuple[str, ...]] = ("linear", "steps")
+    part_settings: ClassVar[tuple[str, ...]] = ("guidance", "size", "scheduler")
     contract: ClassVar[Contract] = Contract(
         slots=(Slot.GUIDER,),
         needs=frozenset({Resource.TRAJECTORY}),

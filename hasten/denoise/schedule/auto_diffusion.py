@@ -88,6 +88,7 @@ class AutoDiffusion(Schedule, Block):
         runners=frozenset({"eager", "compiled"}),
     )
     part_knobs: ClassVar[tuple[str, ...]] = ("steps", "layers", "search", "seed")
+    part_settings: ClassVar[tuple[str, ...]] = ("guidance", "size", "scheduler")
 
     steps: int = knob(
         4, "timesteps that are walked; fewer gain more from a search", low=1, high=100

@@ -166,6 +166,10 @@ def test_rendering_is_fast(scenes: list[Scene]) -> None:
 # Words.
 
 
+def test_a_picture_without_objects_has_a_caption() -> None:
+    assert caption(Scene((), GREY)) == "nothing on dark ground"
+
+
 def test_captions() -> None:
     one = thing("square", "hollow", colour="blue", size="small", x=0.3)
     assert caption(Scene((one,), GREY)) == "a small hollow blue square on dark ground"

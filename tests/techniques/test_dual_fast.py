@@ -12,7 +12,9 @@ from torch import Tensor
 
 import hasten
 from hasten.errors import SubjectError
+from hasten.measure.image_quality import psnr
 from tests import pipelines
+from tests.techniques import drawn
 from tests.techniques.trajectories import ddim, dpm, flow, gaussian, mixture, record, toy
 
 STRENGTH = 0.4
@@ -284,3 +286,28 @@ def test_it_runs_on_every_kind_and_again(family: str) -> None:
 def test_solvers_whose_first_order_term_is_unknown_are_refused(scheduler: str) -> None:
     with pytest.raises(SubjectError, match="first-order term"):
         hasten.apply(pipelines.tiny("unet", scheduler=scheduler), "dual_fast")
+
+
+# --------------------------------------------------------------------------------- trained models
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_the_wrong_sign_leads_away_from_many_steps() -> None:
+    """At full strength, where it shows; the default should come nearer, and does not lose here."""
+    count, settings = 6, {"guidance_scale": 4.0}
+    many = drawn.draw("scenes-unet", "", count, num_inference_steps=500, **settings)
+    made = {
+        strength: drawn.draw(
+            "scenes-unet",
+            f"dual_fast(strength={strength})",
+            count,
+            num_inference_steps=5,
+            **settings,
+        )
+        for strength in (0.0, 0.3, -1.0)
+    }
+    assert len({one.activity["calls"] for one in made.values()}) == 1
+    near = {strength: psnr(one.array, many.array) for strength, one in made.items()}
+    for strength, least, sign in ((0.3, -2, 1), (-1.0, 2, -1)):
+        gain = sign * (near[strength] - near[0.0])
+        error = gain.std(ddof=1) / count**0.5
+        assert gain.mean() > least * error, (strength, gain.mean(), error)

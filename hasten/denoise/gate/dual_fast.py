@@ -90,7 +90,8 @@ class DualFast(Gate):
             "It makes samplers of few steps better and none faster: put it beside fewer_steps. It "
             "changes samples on purpose, so fidelity to the same steps without it says little; "
             "compare with a sampler of many steps. It acts like more guidance, so strong guidance "
-            "and a high strength together saturate colours."
+            "and a high strength together saturate colours. On the zoo's model of noise what five steps of "
+            "DDIM gain by it is within the noise; so is what the wrong sign loses, but at full strength."
         ),
     )
     contract: ClassVar[Contract] = Contract(

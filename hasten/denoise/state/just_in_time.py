@@ -84,14 +84,17 @@ class JustInTime(State, Schedule):
         neutral={"coarse": 1.0, "middle": 1.0},
         rival=Rival(
             "just_in_time(coarse={coarse}, middle={middle}, landing=none)",
-            "psnr",
-            "tokens join as they are, with noise that does not fit",
+            "frechet",
+            "tokens join as they are, with noise that does not fit and stays as speckles",
         ),
         saves="tokens",
         notes=(
             "The paper's figures count fewer steps too; at equal steps the default computes 0.65 of "
             "the tokens. A step computes the same tokens for all samples of a batch. A network that "
-            "never saw sparse tokens may be brittle."
+            "never saw sparse tokens may be brittle: on scenes-dit, of whose 256 tokens a quarter are "
+            "border, as many token-steps spent on fewer full steps come far nearer to the full run (29 "
+            "against 17 dB at 20 steps), and tokens that vary most are no better to join than any. "
+            "Landing exactly leaves no speckles there, at the price of blur: 0.9 dB less than no landing."
         ),
     )
     contract: ClassVar[Contract] = Contract(

@@ -21,8 +21,8 @@ def caption(scene: Scene, *, moving: bool = False) -> str:
     names = [_name(thing, moving) for thing in scene.objects]
     if len(names) == 2 and not moving:
         text = f"{names[0]} {_WHERE[relation(*scene.objects)]} {names[1]}"
-    elif len(names) == 1:
-        text = names[0]
+    elif len(names) < 2:  # nothing is what the reader may find in a poor picture
+        text = names[0] if names else "nothing"
     else:
         text = f"{', '.join(names[:-1])} and {names[-1]}"
     return f"{text} on {scene.ground.tone} ground"

@@ -238,10 +238,11 @@ def results(subject: str = "code-lm") -> str:
     from hasten.measure import view
     from hasten.measure.ledger import Entry, Ledger, is_stale
 
-    newest: dict[str, Entry] = {}
-    for entry in Ledger().entries(subject=subject):
-        if not is_stale(entry):
-            newest[entry.plan] = entry
+    present = [entry for entry in Ledger().entries(subject=subject) if not is_stale(entry)]
+    # A model that was trained anew under its old name is another one.
+    newest: dict[str, Entry] = {
+        entry.plan: entry for entry in present if entry.subject_hash == present[-1].subject_hash
+    }
     if not newest:
         raise HastenError(
             f"the ledger holds no present measurement of {subject}; run `hasten bench {subject} --with ...`"

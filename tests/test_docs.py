@@ -264,7 +264,9 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     stale = Entry(
         "d2o", ("d2o",), "a-model", "0", "hasten bench", 1, 0, row, versions={"torch": "0"}
     )
-    Ledger().record_all([old, new, stale])
+    # Of weights that have been trained anew since.
+    other = Entry("zeus", ("zeus",), "a-model", "9", "hasten bench", 1, 0, row)
+    Ledger().record_all([other, old, new, stale])
     file = tmp_path / "README.md"
     first, last = docs.block("a-model")
     file.write_text(f"before\n\n{first}\nold\n{last}\n\nafter\n")
@@ -272,6 +274,7 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     text = file.read_text()
     assert "| `medusa` | 1.50x (1.40–1.60) | 2.50x | exact, proved |" in text
     assert "speed-up" in text and "no gain" not in text and "d2o" not in text and "old" not in text
+    assert "zeus" not in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert docs.main(["results", str(file), "--subject", "a-model"]) == 0
     assert file.read_text() == text

@@ -28,10 +28,9 @@ def little() -> Corpus:
     return Corpus(library.train[:20], tuple(short[:2]))
 
 
-@pytest.fixture(scope="module")
-def tiny() -> recipes.Conversion:
-    """A conversion of the tiny model, for runs of seconds."""
-    full = recipes.recipe("code-dlm")
+def conversion(name: str) -> recipes.Conversion:
+    """A recipe's conversion done to the tiny model, for runs of seconds."""
+    full = recipes.recipe(name)
     assert isinstance(full, recipes.Conversion)
     settings = replace(
         full.training,
@@ -51,11 +50,18 @@ def tiny() -> recipes.Conversion:
     return replace(full, base="code-lm-tiny", training=settings, echo=echo)
 
 
+@pytest.fixture(scope="module")
+def tiny() -> recipes.Conversion:
+    return conversion("code-dlm")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["code-dlm", "code-dlm-block"])
 def test_it_makes_a_model_that_the_masked_engine_opens(
-    tmp_path: Path, tiny: recipes.Conversion, little: Corpus
+    tmp_path: Path, name: str, little: Corpus
 ) -> None:
-    card = recipes.train(tiny, tmp_path / "dlm", threads=1, corpus=little, quiet=True)
+    chosen = conversion(name)
+    card = recipes.train(chosen, tmp_path / "dlm", threads=1, corpus=little, quiet=True)
     assert card.training["steps"] == STEPS and card.training["echo"]["steps"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["dlm"]  # nothing of the run is left
     assert card.recipe["plan"] == "repr_align" and card.recipe["base"] == "code-lm-tiny"
@@ -66,6 +72,7 @@ def test_it_makes_a_model_that_the_masked_engine_opens(
     assert json.loads((tmp_path / "dlm" / "card.json").read_text())["sha256"] == card.sha256
     fast = hasten.apply(str(tmp_path / "dlm"), "freedave")
     assert isinstance(fast, MaskedModel)
+    assert fast.form.block_length == chosen.block_length
     assert fast.form.shifted and fast.subject.tokenizer is not None
     assert fast.subject.tokenizer.mask_token_id == fast.form.mask_id
     ids = fast.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)

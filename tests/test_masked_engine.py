@@ -125,11 +125,12 @@ def test_the_empty_plan_is_static_decoding(opened: Any, family: str, form: str) 
             wanted = reference(theirs, with_masks(prompt, new), block)
             ids = fast.generate(prompt, max_new_tokens=new, block_length=block, **NO_END)
             assert torch.equal(ids, wanted), (length, new, block)
-            assert fast.activity == {
-                "passes": new,
-                "positions": new * (length + new),
-                "emitted": new,
-            }
+            assert fast.activity["passes"] == fast.activity["emitted"] == new
+            everything = new * (length + new)
+            if "blocks" in form:  # what stands need not be computed again (test_masked_blocks)
+                assert fast.activity["positions"] < everything
+            else:
+                assert fast.activity["positions"] == everything
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -62,15 +63,40 @@ def attention(
                 f"{type(module).__name__} uses attention with a {name}, which the masked engine "
                 "cannot run."
             )
-    out = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_VISIBLE.get(),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        out = _two_products(query, key, value, _VISIBLE.get(), scaling)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_VISIBLE.get(),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _two_products(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention as two matrix products, for learning on processors.
+
+    The backward pass of the fused kernel for CPUs takes several times as long as this one's.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):  # it would do the softmax in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary positions widen them
+        # Queries that share keys become rows of one product.
+        rows = (query * scale).unflatten(1, (-1, groups)).flatten(2, 3)
+        scores = rows @ key.transpose(-1, -2)
+        if visible is not None:
+            bias = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -torch.inf)
+            scores = scores.unflatten(2, (groups, -1)) + bias[:, :, None]
+            scores = scores.flatten(2, 3)
+        out = scores.softmax(dim=-1) @ value
+        return out.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 AttentionInterface.register(NAME, attention)

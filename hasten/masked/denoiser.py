@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hasten.masked.attention import undirected
+from hasten.masked.blocks import BlockStore, Tree
 from hasten.subject import MaskedForm
 
 
@@ -87,7 +88,7 @@ class Denoiser:
         wanted: Tensor,
         *,
         pads: Tensor | None = None,
-        cache: Projections | None = None,
+        cache: Projections | BlockStore | None = None,
         rows: Tensor | None = None,
         embeddings: Tensor | None = None,
     ) -> Tensor:
@@ -97,7 +98,8 @@ class Denoiser:
             tokens: (batch, length) ids, masks among them.
             wanted: (wanted,) places, ascending.
             pads: (batch,) positions on the left that are only padding.
-            cache: where keys and values are kept.
+            cache: where keys and values are kept; a `BlockStore` finds out itself which positions must
+                be computed, and takes no `rows`.
             rows: (rows,) positions to compute, ascending; the others are read from `cache`. They
                 must hold the sources of `wanted` (`sources`). None computes all.
             embeddings: (batch, rows, hidden) to be read instead of the tokens' own.
@@ -111,13 +113,21 @@ class Denoiser:
         if pads is not None:
             positions = (positions - pads[:, None]).clamp(min=0)
         visible = self._visible(length, pads, rows, tokens.device)
-        if rows is not None:
+        if isinstance(cache, BlockStore):
+            assert rows is None and embeddings is None and visible is not None
+            first = min(cache.stale(tokens), int(source.min()))
+            end = cache.end(int(source.max()))
+            cache.expect(first, end, tokens)
+            tokens, positions = tokens[:, first:end], positions[:, first:end]
+            visible = visible[:, :, first:end, :end]
+            kept = source - first
+        elif rows is not None:
             assert cache is not None and not cache.is_empty, "the first pass is over all rows"
             tokens, positions = tokens[:, rows], positions[:, rows]
             kept = torch.searchsorted(rows, source)
         else:
             kept = source
-        if cache is not None:
+        if isinstance(cache, Projections):
             cache.rows = rows
         read: dict[str, Any] = (
             {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
@@ -139,6 +149,55 @@ class Denoiser:
         logits = logits.float()
         logits[..., self.form.mask_id] = -torch.inf
         return logits
+
+    @torch.no_grad()
+    def drafts(
+        self,
+        drafts: Tensor,
+        first: int,
+        ends: list[int],
+        store: BlockStore,
+    ) -> tuple[Tensor, Tree]:
+        """What a model that sees blocks says of several drafts, all in one sequence.
+
+        Args:
+            drafts: (batch, drafts, length) ids.
+            first: the first place that is asked for.
+            ends: for each draft the end of the places that are asked for, not falling.
+            store: what earlier passes computed; it changes once `adopt` is called.
+
+        Returns:
+            Logits (batch, drafts, places, vocabulary) float32 of the places from `first` to the last
+            of `ends`, and the tree. Places at and behind a draft's own end are 0.
+        """
+        pads = store.pads
+        wanted = torch.arange(first, ends[-1], device=drafts.device)
+        source = self.sources(wanted)
+        begin = min(store.stale(drafts[:, 0]), int(source[0]))
+        whole = [store.end(end - 1) for end in ends]
+        tree = Tree.of(drafts, begin, whole, store.block_length, pads)
+        blocks = self._visible(drafts.shape[2], pads, None, drafts.device)
+        assert blocks is not None
+        # Places from the end of the text back to a draft's own end have no row.
+        asked = wanted < torch.tensor(ends, device=drafts.device)[:, None]
+        row = tree.owner[:, source - tree.first]
+        kept = row[asked].unique()
+        store.expect_tree(tree.first)
+        with undirected(self.model, tree.visible(blocks)):
+            said = self.model(
+                input_ids=tree.tokens(drafts),
+                position_ids=(tree.columns[None] - pads[:, None]).clamp(min=0),
+                past_key_values=store,
+                use_cache=True,
+                logits_to_keep=kept,
+            ).logits
+        self.passes += 1
+        self.positions += drafts.shape[0] * len(tree.columns)
+        said = said.float()
+        said[..., self.form.mask_id] = -torch.inf
+        place = torch.searchsorted(kept, row.clamp(min=0)).clamp(max=len(kept) - 1)
+        logits = said[:, place]
+        return logits.masked_fill(~asked[:, :, None], 0.0), tree
 
     def _alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""

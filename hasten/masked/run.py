@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import HastenError, PlanError
+from hasten.masked.blocks import BlockStore, Tree
 from hasten.masked.denoiser import Denoiser, Projections
 from hasten.masked.sampling import Sampler
 from hasten.masked.slots import (
@@ -55,6 +56,12 @@ class Slots:
         return list({id(e[0]): e for e in found if e is not None}.values())
 
 
+def _split(guess: Guess, count: int) -> list[Guess]:
+    """One guess for each of `count` drafts, from one about (batch * drafts, length)."""
+    first = torch.arange(0, len(guess.tokens), count, device=guess.tokens.device)
+    return [guess.take(first + draft) for draft in range(count)]
+
+
 class Run:
     """A call in progress.
 
@@ -95,6 +102,10 @@ class Run:
         self.blocks = list(itertools.pairwise(edges))
         self.block = self.blocks[0]
         self.cache: Projections | None = None
+        self.store: BlockStore | None = None
+        size = denoiser.form.block_length
+        if size is not None and self._keeps_blocks():
+            self.store = BlockStore(tokens, size, pads)
         self.carried: Guess | None = None
         self.activity: Counter[str] = Counter()
         self.states: dict[int, Any] = {}
@@ -103,6 +114,17 @@ class Run:
         self.ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         self.on_tokens: Callable[[Run], None] | None = None
         self.trace: list[Tensor] | None = None  # the text after each pass, where someone asks
+
+    def _keeps_blocks(self) -> bool:
+        """Whether what a model that sees blocks computed is kept.
+
+        A technique that chooses what is computed does so itself, and what is read instead of tokens
+        changes with each pass. A first place behind padding is spoken for in a way of its own.
+        """
+        if self.slots.window is not None or self.slots.embedding is not None:
+            return False
+        alone = (self.columns == self.pads[:, None]) & (self.pads[:, None] > 0) & ~self.given
+        return not (self.denoiser.form.shifted and bool(alone.any()))
 
     # -- what techniques read ----------------------------------------------------------------------
     @property
@@ -157,11 +179,13 @@ class Run:
         """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on.
 
         Drafts may go beyond the block. Then whole further blocks are wanted, so many that neither
-        the drafts of this pass nor those made of it reach the end.
+        the drafts of this pass nor those made of it reach the end. (Where each draft of a pass has
+        an end of its own, as in a tree, it is enough that the next drafts do not.)
         """
         looks_back = self.slots.remasker is not None and self.slots.remasker[0].looks_back
         first, end = self.start if looks_back else self.block[0], self.block[1]
-        beyond = 2 * self._reach - int(self.open.sum(dim=1).min()) if self._reach else 0
+        reach = self._reach if self.store is not None else 2 * self._reach
+        beyond = reach - int(self.open.sum(dim=1).min()) if reach else 0
         if beyond > 0:
             last = min(end + beyond, self.length)
             end = next(stop for _, stop in self.blocks if stop >= last)
@@ -191,6 +215,8 @@ class Run:
     def look(self) -> Guess:
         """A pass over the text as it is."""
         rows = None
+        if self.store is not None:
+            return self._guess(self.tokens, self.pads, self.store, None)
         if self.slots.window is not None:
             if self.cache is None:
                 self.cache = Projections()
@@ -202,6 +228,8 @@ class Run:
         """A guess at each of the drafts (batch, drafts, length), all in one pass."""
         batch, count, length = drafts.shape
         entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
+        if self.store is not None:
+            return self._evaluate_tree(drafts, entries)
         cache, rows = None, None
         if self.slots.window is not None and self.cache is not None and not self.cache.is_empty:
             rows = self.slots.window[0].rows(self.state(self.slots.window), self)
@@ -209,8 +237,31 @@ class Run:
         flat = drafts.reshape(batch * count, length)
         guess = self._guess(flat, self.pads[entries], cache, rows, entries=entries)
         self._written = cache
-        first = torch.arange(batch, device=drafts.device) * count
-        return [guess.take(first + draft) for draft in range(count)]
+        return _split(guess, count)
+
+    def _evaluate_tree(self, drafts: Tensor, entries: Tensor) -> list[Guess]:
+        """As `evaluate`, with what the drafts have in common computed once."""
+        assert self.store is not None
+        batch, count, length = drafts.shape
+        masked = (drafts == self.mask_id) & ~self.given[:, None]
+        column = masked.float().argmax(dim=2)
+        first = int(column.masked_fill(~masked.any(dim=2), length).min())
+        ends = [self.block[1]] * count
+        if self._reach:
+            # What the next drafts can fill, and all of the block in which that ends.
+            order = masked.long().cumsum(dim=2)
+            last = order.clamp(max=self._reach).argmax(dim=2).amax(dim=0)
+            whole = (last - self.start).div(self.block_length, rounding_mode="floor") + 1
+            ends = (whole * self.block_length + self.start).clamp(max=length).tolist()
+        before = self.denoiser.positions
+        logits, self._tree = self.denoiser.drafts(drafts, first, ends, self.store)
+        self._count(self.denoiser.positions - before, self.store)
+        wanted = torch.arange(first, ends[-1], device=drafts.device)
+        flat = drafts.flatten(0, 1)
+        guess = self._read(flat, logits.flatten(0, 1), wanted, self.pads[entries], entries)
+        known = wanted < torch.tensor(ends, device=drafts.device)[:, None]
+        guess.confidence[:, wanted] *= known.repeat(batch, 1)
+        return _split(guess, count)
 
     def adopt(self, drafts: Tensor, guesses: list[Guess], best: Tensor) -> None:
         """Go on from one draft of each row; `guesses` may lack those of drafts that fill everything."""
@@ -228,16 +279,20 @@ class Run:
             guesses[0].wanted,
         )
         self.carried = stacked
+        if self.store is not None:
+            assert self._tree is not None
+            self.store.adopt(self._tree, drafts, chosen)
         if self._written is not None:
             self.cache = self._written.take(every * count + chosen)
 
     _written: Projections | None = None
+    _tree: Tree | None = None
 
     def _guess(
         self,
         tokens: Tensor,
         pads: Tensor,
-        cache: Projections | None,
+        cache: Projections | BlockStore | None,
         rows: Tensor | None,
         *,
         entries: Tensor | None = None,
@@ -248,20 +303,33 @@ class Run:
             technique = self.slots.embedding[0]
             seen = tokens if rows is None else tokens[:, rows]
             embeddings = technique.embed(self.state(self.slots.embedding), self, seen, rows)
+        before = self.denoiser.positions
         logits = self.denoiser.logits(
             tokens, wanted, pads=pads, cache=cache, rows=rows, embeddings=embeddings
         )
         if self.slots.embedding is not None:
             technique.heed(self.state(self.slots.embedding), self, logits, wanted)
+        self._count(self.denoiser.positions - before, cache)
+        return self._read(tokens, logits, wanted, pads, entries)
+
+    def _count(self, positions: int, cache: Projections | BlockStore | None) -> None:
         self.activity["passes"] += 1
-        self.activity["positions"] += tokens.shape[0] * (
-            tokens.shape[1] if rows is None else rows.numel()
-        )
+        self.activity["positions"] += positions
         if cache is not None:
             self.peak_cache_bytes = max(self.peak_cache_bytes, cache.num_bytes())
+
+    def _read(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        wanted: Tensor,
+        pads: Tensor,
+        entries: Tensor | None,
+    ) -> Guess:
+        """What logits (batch, wanted, vocabulary) say of texts (batch, length)."""
         if self.slots.committer is not None:
-            technique_, state = self.slots.committer[0], self.state(self.slots.committer)
-            logits = technique_.revise(state, self, logits, wanted)
+            technique, state = self.slots.committer[0], self.state(self.slots.committer)
+            logits = technique.revise(state, self, logits, wanted)
         # Padding is no text, and counts for no penalty.
         text = tokens.masked_fill(self.columns < pads[:, None], self.mask_id)
         best = self.sampler.best(logits, text, wanted, self.mask_id, entries)
@@ -316,10 +384,10 @@ class Run:
         assert self.slots.candidates is not None
         technique, state = self.slots.candidates[0], self.state(self.slots.candidates)
         drafts = technique.propose(state, self, guess)
-        # A draft that fills all that was guessed of, in every row, has no successor to be judged by.
-        judged = drafts[:, :, self.needed()]
-        full = (judged != self.mask_id).all(dim=2).all(dim=0)
-        count = int((~full).sum())
+        # A draft that fills all that there is to fill, in every row, has no successor to be judged by.
+        end = self.length if self._reach else self.block[1]
+        left = (drafts == self.mask_id) & ~self.given[:, None] & (self.columns < end)
+        count = int(left.any(dim=2).any(dim=0).sum())
         guesses = self.evaluate(drafts[:, :count]) if count else []
         best = technique.verify(state, self, drafts, guesses)
         self.adopt(drafts, guesses, best)

@@ -69,6 +69,7 @@ class MaskedLoss:
     Args:
         prompt: tokens that each row begins with and that are never hidden; the rest is hidden as in
             writing block by block. 0 hides anywhere.
+        block_length: the model sees its own block of so many tokens and those before; None sees all.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class MaskedLoss:
         terms: Sequence[LossTerm] = (),
         *,
         prompt: int = 0,
+        block_length: int | None = None,
     ) -> None:
         self.mask_id = mask_id
         self.prompt = prompt
+        self.block_length = block_length
         self.terms = [(term, term.begin(model)) for term in terms]
 
     def __call__(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -92,7 +95,9 @@ class MaskedLoss:
             ratio = torch.rand(ids.shape[0], device=ids.device)
             inputs, wanted = mask_at(ids, ratio, self.mask_id)
         assert isinstance(model, PreTrainedModel)
-        loss, hidden = masked_loss(model, ids, inputs, wanted, hidden=bool(self.terms))
+        loss, hidden = masked_loss(
+            model, ids, inputs, wanted, hidden=bool(self.terms), block_length=self.block_length
+        )
         step = Step(ids, inputs, wanted, hidden)
         total = loss
         for term, state in self.terms:
@@ -102,12 +107,18 @@ class MaskedLoss:
 
 @torch.no_grad()
 def masked_quality(
-    model: nn.Module, ids: Tensor, mask_id: int, *, ratios: Sequence[float] = RATIOS
+    model: nn.Module,
+    ids: Tensor,
+    mask_id: int,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    block_length: int | None = None,
 ) -> dict[str, float]:
     """Masked cross-entropy in nats at fixed ratios, with masks that are the same each time.
 
     Args:
         ids: (rows, length).
+        block_length: as `MaskedLoss`.
 
     Returns:
         "masked_loss_15" and so on for each ratio in percent, and "masked_loss", their mean.
@@ -119,7 +130,13 @@ def masked_quality(
         for ratio in ratios:
             inputs, wanted = mask_at(ids, torch.full((ids.shape[0],), ratio), mask_id)
             losses = [
-                float(masked_loss(model, *(part.to(model.device) for part in batch))[0])
+                float(
+                    masked_loss(
+                        model,
+                        *(part.to(model.device) for part in batch),
+                        block_length=block_length,
+                    )[0]
+                )
                 for batch in zip(ids.split(16), inputs.split(16), wanted.split(16), strict=True)
             ]
             found[f"masked_loss_{round(100 * ratio)}"] = sum(losses) / len(losses)
@@ -127,14 +144,25 @@ def masked_quality(
 
 
 def masked_loss(
-    model: PreTrainedModel, ids: Tensor, inputs: Tensor, wanted: Tensor, *, hidden: bool = False
+    model: PreTrainedModel,
+    ids: Tensor,
+    inputs: Tensor,
+    wanted: Tensor,
+    *,
+    hidden: bool = False,
+    block_length: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Mean cross-entropy of the wanted tokens in nats, and the states of all layers if asked for.
 
     Args:
         ids, inputs, wanted: as `training.slots.Step`.
+        block_length: as `MaskedLoss`.
     """
-    with undirected(model):
+    visible = None
+    if block_length is not None:
+        block = torch.arange(ids.shape[1], device=ids.device) // block_length
+        visible = (block <= block[:, None])[None, None]
+    with undirected(model, visible):
         output = model.base_model(input_ids=inputs, output_hidden_states=hidden, use_cache=False)
     place = wanted[:, 1:]
     # Only the states that are needed go through the large output layer.

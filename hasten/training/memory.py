@@ -13,6 +13,17 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 1024, _M_TOP_PAD: 128 * 1024, _M_MMAP_MAX:
 _KEEPING = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20, _M_MMAP_MAX: 0}
 
 
+def give_back() -> None:
+    """Return freed memory to the system.
+
+    Where the sizes of activations change from step to step, what is kept falls into pieces that fit
+    nothing, and the process grows. Doing this now and then costs little.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
     """Have glibc reuse large blocks rather than return each to the system at once.

@@ -16,7 +16,8 @@ from transformers.utils import logging as hf_logging
 
 from hasten.errors import HastenError
 from hasten.plan import Plan
-from hasten.training.loop import Outcome, Settings, Stage, fit
+from hasten.training.blocks import BlockLoss
+from hasten.training.loop import LossFunction, Outcome, Settings, Stage, fit
 from hasten.training.masked import MaskedLoss, masked_quality
 from hasten.training.memory import keep_freed_memory
 from hasten.training.slots import LossTerm
@@ -117,6 +118,7 @@ class Echo:
     texts: int
     prompt: int  # tokens of each passage
     training: Settings  # of one stage; its length is that of a text
+    ahead: int = 1  # of block diffusion: blocks of masks behind the one that is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ class Conversion:
     training: Settings
     plan: str = "repr_align"  # techniques of the slot loss
     echo: Echo | None = None  # a second part, in which it learns what the base itself writes
+    block_length: int | None = None  # it sees its own block and those before; None: everything
 
     def __post_init__(self) -> None:
         for technique in Plan.parse(self.plan):
@@ -190,6 +193,30 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 prompt=128,
                 training=Settings(
                     tokens=10_000_000,
+                    stages=(Stage(length=256, share=1.0),),
+                    matrix_lr=0.005,
+                    other_lr=1e-3,
+                    compile=False,
+                ),
+            ),
+        ),
+        Conversion(
+            name="code-dlm-block",
+            base="code-lm",
+            block_length=4,
+            training=Settings(
+                tokens=1_500_000,
+                stages=(Stage(length=256, share=1.0),),
+                matrix_lr=0.007,
+                other_lr=1e-3,
+                compile=False,
+            ),
+            echo=Echo(
+                texts=4_096,
+                prompt=128,
+                training=Settings(
+                    tokens=850 * 4_096,
+                    batch_tokens=4_096,
                     stages=(Stage(length=256, share=1.0),),
                     matrix_lr=0.005,
                     other_lr=1e-3,
@@ -345,10 +372,12 @@ def _convert(
                 model,
                 files,
                 chosen.training,
-                MaskedLoss(model, mask_id, terms),
+                MaskedLoss(model, mask_id, terms, block_length=chosen.block_length),
                 checkpoint=beside[0],
                 resume=resume,
-                evaluate=lambda current: masked_quality(current, held_out, mask_id, ratios=(0.5,)),
+                evaluate=lambda current: masked_quality(
+                    current, held_out, mask_id, ratios=(0.5,), block_length=chosen.block_length
+                ),
                 num_evaluations=10,
                 quiet=quiet,
                 label=chosen.name,
@@ -356,13 +385,16 @@ def _convert(
         ]
         if chosen.echo is not None:
             outcomes.append(
-                _learn_the_echo(chosen.echo, base, model, files, mask_id, beside[1:], resume, quiet)
+                _learn_the_echo(chosen, base, model, files, mask_id, beside[1:], resume, quiet)
             )
         model.bfloat16().eval()
         model.config.is_causal = False
         model.config.mask_token_id = mask_id
         model.config.shifted_logits = True
-        quality = {"loss": outcomes[-1].final_loss} | masked_quality(model, held_out, mask_id)
+        if chosen.block_length is not None:
+            model.config.block_length = chosen.block_length
+        quality = {"loss": outcomes[-1].final_loss}
+        quality |= masked_quality(model, held_out, mask_id, block_length=chosen.block_length)
         quality |= quality_by_tokens_a_pass(model, tokenizer, base, held_out[:NUM_PASSAGES, :96])
         card = export(model, tokenizer, chosen, output, outcomes, corpus, files, quality)
     for file in beside:
@@ -371,7 +403,7 @@ def _convert(
 
 
 def _learn_the_echo(
-    echo: Echo,
+    chosen: Conversion,
     base: LlamaForCausalLM,
     model: LlamaForCausalLM,
     files: FileWindows,
@@ -381,6 +413,8 @@ def _learn_the_echo(
     quiet: bool,
 ) -> Outcome:
     """Train on what the base writes. `beside`: where texts and checkpoint are kept."""
+    echo = chosen.echo
+    assert echo is not None
     if not resume:
         beside[0].unlink(missing_ok=True)
     length = echo.training.stages[0].length
@@ -393,11 +427,16 @@ def _learn_the_echo(
         length=length,
         quiet=quiet,
     )
+    loss: LossFunction = MaskedLoss(model, mask_id, prompt=echo.prompt)
+    if chosen.block_length is not None:
+        loss = BlockLoss(
+            mask_id, prompt=echo.prompt, block_length=chosen.block_length, ahead=echo.ahead
+        )
     return fit(
         model,
         Continuations(texts, seed=echo.training.seed),
         echo.training,
-        MaskedLoss(model, mask_id, prompt=echo.prompt),
+        loss,
         checkpoint=beside[1],
         resume=resume,
         quiet=quiet,

@@ -80,7 +80,11 @@ def test_one_draft_is_static_decoding_pass_by_pass() -> None:
             static = record(fast, prompt(3), block=8)
         with hasten.apply(filler(**form), "freedave(num_draft=1)") as fast:
             single = record(fast, prompt(3), block=8)
-        assert dict(single.run.activity) == dict(static.run.activity)  # so nothing of its own
+        # Nothing of its own; where models see blocks, what is filled already is not asked for again.
+        assert single.run.activity.keys() == static.run.activity.keys()
+        for counter in ("passes", "emitted"):
+            assert single.run.activity[counter] == static.run.activity[counter]
+        assert single.run.activity["positions"] <= static.run.activity["positions"]
         assert all(torch.equal(*pair) for pair in zip(single.after, static.after, strict=True))
 
 

@@ -9,9 +9,12 @@ guess, so it confirms the next guess or not, and the furthest confirmed one brin
 Inferred: with a threshold, each draft after the first has one place more (the paper leaves the
 number open). Drafts go on into the next blocks, as static decoding does, so that short blocks leave
 room for them too; on top of a cache, and where the technique is lossy, they end with the block. A
-draft that fills all places is adopted without a pass of its own. The paper's other layout, one
-sequence that repeats the block under a tree mask, is not built: it gives the same logits only where
-the rest of the text does not look at the block.
+draft that fills all places is adopted without a pass of its own.
+
+The paper has two layouts. Drafts as a batch suit every model. Where a model sees blocks, and so the
+rest of the text does not look at what is open, all drafts stand in one sequence under a mask, and
+what they have in common is there once (`masked.blocks.Tree`). Such a pass costs little more than
+one without drafts.
 """
 
 from __future__ import annotations
@@ -57,9 +60,10 @@ class FreeDave(Candidates, Committer):
         notes=(
             "The same tokens in the same order as static decoding, sampled ones too (with a seed), up "
             "to confidences that are closer than rounding: a pass over several drafts is a wider batch, "
-            "which float32 rounds in its last bits and bfloat16 much earlier. Each pass computes "
-            "num_draft times as many positions, so fewer passes are less time only where the machine "
-            "has computing power to spare. A threshold below 1 is lossy, and not always the same as "
+            "which float32 rounds in its last bits and bfloat16 much earlier. Where a model sees the "
+            "whole text, each pass computes num_draft times as many positions, so fewer passes are "
+            "less time only where the machine has computing power to spare. Where it sees blocks, a "
+            "pass computes some blocks for each draft, and that pays on processors too. A threshold below 1 is lossy, and not always the same as "
             "threshold decoding. On top of a cache it is exact against the same cache alone, but for "
             "one that refreshes every so many passes."
         ),
@@ -98,8 +102,7 @@ class FreeDave(Candidates, Committer):
     def propose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, drafts, length) ids: the next state, and it with 1, 2, ... places more."""
         first = self._step(run, guess, run.next_open(run.tokens))
-        known = run.columns <= guess.wanted[-1]
-        rest = run.masked & known & ~first
+        rest = run.masked & (guess.confidence > 0) & ~first  # those that something is known of
         count = 1 + min(self.num_draft - 1, int(rest.sum(dim=1).max()))
         # Block after block, and in each the surest place first.
         key = (guess.confidence - 2.0 * run.block_numbers()).masked_fill(~rest, -torch.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,21 +12,29 @@ import torch
 from torch import Tensor
 
 from hasten.zoo.scenes.caption import caption
-from hasten.zoo.scenes.render import render, render_clips
-from hasten.zoo.scenes.scene import Scene, draw_many
+from hasten.zoo.scenes.render import coverage, render, render_clips
+from hasten.zoo.scenes.scene import COLOURS, FILLS, SHAPES, Scene, draw_many
 
 PIXELS = 4  # the side of the square of pixels that one token stands for
+NUM_LOOKS = len(COLOURS) * len(SHAPES) * len(FILLS)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures (rows, 3, size, size) or clips (rows, 3, frames, size, size) from -1 to 1."""
+    """Pictures (rows, 3, size, size) or clips (rows, 3, frames, size, size) from -1 to 1.
+
+    Attributes:
+        looks: (rows, cells, cells) int64, what stands at each token of a picture: the number of the
+            object's colour, shape and fill, 0 to NUM_LOOKS - 1, or NUM_LOOKS for the ground.
+    """
 
     pictures: Tensor
     captions: tuple[str, ...]
+    looks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, pictures=self.pictures.to(device))
+        looks = None if self.looks is None else self.looks.to(device)
+        return replace(self, pictures=self.pictures.to(device), looks=looks)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class ScenePictures:
         scenes = _scenes(self.seed, index, rows, length)
         size = PIXELS * math.isqrt(length)
         captions = _drop([caption(scene) for scene in scenes], self.dropped, index + self.seed)
-        return Batch(2 * render(scenes, size) - 1, captions)
+        return Batch(2 * render(scenes, size) - 1, captions, looks_of(scenes, size // PIXELS))
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,18 @@ class SceneClips:
         )
         clips = render_clips(scenes, frames, self.size).transpose(1, 2)
         return Batch(2 * clips - 1, captions)
+
+
+def looks_of(scenes: Sequence[Scene], cells: int) -> Tensor:
+    """What stands in each cell of pictures, as `Batch.looks`: an object that covers a third of it."""
+    found = torch.full((len(scenes), cells, cells), NUM_LOOKS)
+    objects = [thing for scene in scenes for thing in scene.objects]
+    owners = [row for row, scene in enumerate(scenes) for _ in scene.objects]
+    for thing, row, share in zip(objects, owners, coverage(objects, cells), strict=True):
+        kinds = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape))
+        look = (kinds[0] * len(SHAPES) + kinds[1]) * len(FILLS) + FILLS.index(thing.fill)
+        found[row][share > 1 / 3] = look
+    return found
 
 
 def _scenes(seed: int, index: int, rows: int, length: int, *, frames: int = 1) -> list[Scene]:

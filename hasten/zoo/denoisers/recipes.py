@@ -176,11 +176,12 @@ RECIPES: dict[str, AnyRecipe] = {
             autoencoder="scenes-vae",
             shape={"width": 192, "layers": 8, "heads": 3, "words_dim": 96},
             sampling=_SAMPLING,
-            halved=0.5,
-            halved_from=250,
+            halved=0.35,
+            halved_from=400,
             training=Settings(
-                tokens=1000 * 8192,
+                tokens=2000 * 8192,
                 stages=_stages((256, 1.0)),
+                warmup_share=0.03,
                 other_lr=2e-3,
                 decay_share=0.5,
                 compile=False,
@@ -571,7 +572,9 @@ def _export_denoiser(
         save_grid(sample(pipeline, texts, chosen.sampling, seed=1), folder / GRID)
         card = PictureCard(
             name=chosen.name,
-            num_parameters=_count(model) + _count(model.autoencoder),
+            num_parameters=sum(
+                map(_count, (model.text_encoder, model.network, model.autoencoder))
+            ),
             data=_drawn(
                 _rows(chosen.training, _data(chosen), outcome.steps),
                 f"{'clips' if video else 'pictures'} with captions",

@@ -1,0 +1,201 @@
+"""What a model that sees blocks need not compute twice, and many drafts of a text in one sequence.
+
+Such a model looks at its own block and those before it. So the keys and values of a position stand as
+long as no token of its block, or of one before, changes; and what two drafts have in common up to some
+block is the same in both. Nothing here is an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+NEVER = -1  # no token: nothing was computed there
+
+
+def first_change(changed: Tensor, block_length: int, pads: Tensor) -> int:
+    """Where the first block begins that holds a change (batch, length), in any row; or the length."""
+    length = changed.shape[1]
+    column = changed.float().argmax(dim=1)
+    start = (column - pads).div(block_length, rounding_mode="floor") * block_length + pads
+    start = start.clamp(min=0).masked_fill(~changed.any(dim=1), length)
+    return int(start.min())
+
+
+class BlockStore(Cache):
+    """Keys and values of a text (batch, length), and of which tokens they were computed.
+
+    Attributes:
+        block_length: positions of a block.
+        pads: (batch,) positions on the left that are only padding; blocks are counted from there.
+        seen: (batch, length) the token at each position when it was computed, or NEVER.
+    """
+
+    def __init__(self, tokens: Tensor, block_length: int, pads: Tensor) -> None:
+        super().__init__(layers=[])  # type: ignore[misc]
+        self.block_length = block_length
+        self.pads = pads
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.seen = torch.full_like(tokens, NEVER)
+        self._span = (0, 0)  # the positions of the pass in flight
+        self._tree = False
+        self._fresh: list[tuple[Tensor, Tensor]] = []  # of the last tree, one pair for each layer
+
+    def stale(self, tokens: Tensor) -> int:
+        """The first position of any row that must be computed for a text (batch, length)."""
+        return first_change(tokens != self.seen, self.block_length, self.pads)
+
+    def end(self, column: int) -> int:
+        """The end of the block that holds a position, in the row where it ends last."""
+        return min(int(self._ends(torch.tensor(column)).max()), self.seen.shape[1])
+
+    def _ends(self, columns: Tensor) -> Tensor:
+        """(batch, columns) where the blocks of positions end in each row."""
+        size, pads = self.block_length, self.pads[:, None]
+        return ((columns - pads).div(size, rounding_mode="floor") + 1) * size + pads
+
+    def _whole(self, columns: Tensor, end: Tensor | int) -> Tensor:
+        """(batch, columns) bool, whether all of a position's block stands before `end`.
+
+        Rows are padded each its own way, so a pass may end inside a block of some of them. What it
+        says there has not seen the rest of the block.
+        """
+        return self._ends(columns).clamp(max=self.seen.shape[1]) <= end
+
+    def expect(self, first: int, end: int, tokens: Tensor) -> None:
+        """The next pass computes the positions from `first` up to `end` of a text (batch, length)."""
+        self._span, self._tree = (first, end), False
+        columns = torch.arange(first, end, device=tokens.device)
+        whole = self._whole(columns, end)
+        self.seen[:, first:end] = tokens[:, first:end].masked_fill(~whole, NEVER)
+
+    def expect_tree(self, first: int) -> None:
+        """The next pass computes a `Tree` that begins at `first`; nothing is kept until `adopt`."""
+        self._span, self._tree, self._fresh = (first, first), True, []
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Take one layer's keys and values (batch, kv_heads, rows, head_dim); return what is read."""
+        new = (key_states, value_states)
+        if layer_idx == len(self.buffers):
+            self.buffers.append(tuple(self._room(states) for states in new))  # type: ignore[arg-type]
+        first, end = self._span
+        if self._tree:
+            self._fresh.append(new)
+            keys, values = (
+                torch.cat((buffer[:, :, :first], states), dim=2)
+                for buffer, states in zip(self.buffers[layer_idx], new, strict=True)
+            )
+            return keys, values
+        for buffer, states in zip(self.buffers[layer_idx], new, strict=True):
+            buffer[:, :, first:end] = states
+        keys, values = self.buffers[layer_idx]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _room(self, states: Tensor) -> Tensor:
+        batch, heads, _, dim = states.shape
+        return states.new_zeros(batch, heads, self.seen.shape[1], dim)
+
+    def adopt(self, tree: Tree, drafts: Tensor, best: Tensor) -> None:
+        """Keep what the last tree computed for one of the drafts (batch, drafts, length) of each row."""
+        every = torch.arange(len(best), device=best.device)
+        rows = tree.owner[best]  # (batch, width)
+        end = tree.first + rows.shape[1]
+        index = rows.clamp(min=0)[:, None, :, None]
+        for buffers, fresh in zip(self.buffers, self._fresh, strict=True):
+            for buffer, states in zip(buffers, fresh, strict=True):
+                shape = (-1, states.shape[1], -1, states.shape[3])
+                buffer[:, :, tree.first : end] = states.gather(2, index.expand(shape))
+        columns = torch.arange(tree.first, end, device=best.device)
+        ends = tree.first + (rows >= 0).sum(dim=1, keepdim=True)  # of the draft of each row
+        kept = drafts[every, best, tree.first : end]
+        self.seen[:, tree.first : end] = kept.masked_fill(~self._whole(columns, ends), NEVER)
+        self._fresh = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given, so nobody needs to know."""
+        return 0
+
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.buffers)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Several drafts of a text in one sequence of `rows`, what they have in common only once.
+
+    Attributes:
+        first: the position at which the rows begin; what stands before is the same in all drafts.
+        columns: (rows,) the position in the text of each row.
+        draft: (rows,) the draft whose tokens it holds.
+        owner: (drafts, width) for each draft the row of each position from `first` on; -1 for none.
+    """
+
+    first: int
+    columns: Tensor
+    draft: Tensor
+    owner: Tensor
+
+    @classmethod
+    def of(
+        cls, drafts: Tensor, first: int, ends: Sequence[int], block_length: int, pads: Tensor
+    ) -> Tree:
+        """The tree of drafts (batch, drafts, length).
+
+        A draft computes its positions from the first block on in which it differs from the draft
+        before it, in any row of the batch; what stands before is that draft's.
+
+        Args:
+            first: the first position to be computed of any draft.
+            ends: where each draft ends, not falling.
+            pads: (batch,) positions on the left that are only padding.
+        """
+        changed = drafts[:, 1:] != drafts[:, :-1]
+        starts = [first] + [
+            first_change(changed[:, index], block_length, pads) for index in range(len(ends) - 1)
+        ]
+        first = min(starts)
+        starts[0] = first
+        device, width = drafts.device, max(ends) - first
+        owner = torch.full((len(ends), width), -1, device=device)
+        columns, draft, rows = [], [], 0
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if index:
+                owner[index] = owner[index - 1]
+            count = max(0, end - start)
+            owner[index, start - first : start - first + count] = torch.arange(
+                rows, rows + count, device=device
+            )
+            owner[index, end - first :] = -1
+            columns.append(torch.arange(start, start + count, device=device))
+            draft.append(torch.full((count,), index, device=device))
+            rows += count
+        return cls(first, torch.cat(columns), torch.cat(draft), owner)
+
+    def tokens(self, drafts: Tensor) -> Tensor:
+        """(batch, rows) the ids of the rows, of drafts (batch, drafts, length)."""
+        return drafts[:, self.draft, self.columns]
+
+    def visible(self, blocks: Tensor) -> Tensor:
+        """Bool (batch or 1, 1, rows, first + rows), True where a row may look.
+
+        Args:
+            blocks: (batch or 1, 1, length, length) bool, the same for a text alone.
+        """
+        rows = torch.arange(len(self.columns), device=self.columns.device)
+        before = torch.arange(self.first, device=self.columns.device)
+        mine = self.owner[self.draft][:, self.columns - self.first] == rows
+        mine = torch.cat((mine.new_ones(len(rows), self.first), mine), dim=1)
+        seen = blocks[:, :, self.columns][..., torch.cat((before, self.columns))]
+        return seen & mine

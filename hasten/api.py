@@ -81,10 +81,24 @@ def check_engine(subject: Subject, plan: Plan) -> None:
     for technique in plan:
         engines = {slot.engine for slot in technique.contract.slots}
         if subject.engine not in engines:
+            theirs = min(engines)
             raise PlanError(
-                f"{technique.name} is of the {min(engines)} engine, and {subject.name} runs on the "
+                f"{technique.name} is of the {theirs} engine, and {subject.name} runs on the "
                 f"{subject.engine} one; `hasten list --engine {subject.engine}` shows what fits."
+                f"{_hint(theirs, subject.engine)}"
             )
+
+
+def _hint(theirs: str, engine: str) -> str:
+    """What may have been meant, where a technique's engine is not the subject's."""
+    if theirs == "training":
+        return " It acts while a model is made: `hasten train RECIPE --with ...`."
+    if (theirs, engine) == ("masked", "causal"):
+        return (
+            " A model that fills masks says so in its config.json: is_causal false, and "
+            "mask_token_id."
+        )
+    return ""
 
 
 def prepare(

@@ -512,7 +512,7 @@ BAD_CALLS: list[tuple[Callable[[MaskedModel], Any], str]] = [
     (lambda fast: fast.generate(text(510), max_new_tokens=4), "made for 512"),
     (lambda fast: fast.infill(with_masks(text(510), 4)), "made for 512"),
     (lambda fast: fast.generate(text()[:, :0]), "prompt is empty"),
-    (lambda fast: fast.generate(), "needs input_ids"),
+    (lambda fast: fast.generate(), "input_ids is missing"),
     (lambda fast: fast.generate(text()[0]), "must be whole numbers of shape"),
     (lambda fast: fast.generate(text(), torch.zeros(1, 16)), "all zero: that prompt is empty"),
     (

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten.errors import HastenError
 from hasten.training import Settings, Stage, fit, next_token_loss
-from hasten.training.loop import build_optimizers
+from hasten.training.loop import LossFunction, build_optimizers
 from hasten.training.memory import keep_freed_memory
 from hasten.zoo.corpus import PackedTokens
 
@@ -93,30 +103,342 @@ def test_evaluation_changes_nothing_and_ends_on_the_last_step() -> None:
     assert_equal(plain, watched)
 
 
-@pytest.mark.parametrize("stop", [7, 20, 33])
-def test_resumed_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
-    whole = tiny_model()
-    expected = fit(whole, counting_data(), SETTINGS, quiet=True)
+def noisy_loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Next tokens under random weights, as random masks are: the generator is part of the state."""
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    losses = cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+    return (losses * torch.rand(losses.shape)).mean(), {}
 
+
+def stopping_at(
+    stop: int, loss_fn: LossFunction = next_token_loss, number: int = signal.SIGINT
+) -> LossFunction:
+    """A loss that sends this process a signal in the middle of step `stop`, counted from 1."""
     calls = 0
 
-    def interrupting(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def stopping(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         nonlocal calls
         calls += 1
+        assert calls <= stop, "the step was the last"
         if calls == stop:
-            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the middle of a step
-        return next_token_loss(model, batch)
+            os.kill(os.getpid(), number)
+        return loss_fn(model, batch)
+
+    return stopping
+
+
+@pytest.mark.parametrize("stop", [7, 20, 33])
+@pytest.mark.parametrize(
+    ("loss_fn", "autocast", "number"),
+    [
+        (next_token_loss, False, signal.SIGINT),
+        (noisy_loss, False, signal.SIGTERM),
+        (noisy_loss, True, signal.SIGINT),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, stop: int, loss_fn: LossFunction, autocast: bool, number: int
+) -> None:
+    settings = replace(SETTINGS, autocast=autocast)
+    torch.manual_seed(1)
+    whole = tiny_model()
+    expected = fit(whole, counting_data(), settings, loss_fn, quiet=True)
 
     file = tmp_path / "state.safetensors"
+    torch.manual_seed(1)
+    stopped = tiny_model()
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_model(), counting_data(), SETTINGS, interrupting, checkpoint=file, quiet=True)
-    assert calls == stop
+        fit(
+            stopped,
+            counting_data(),
+            settings,
+            stopping_at(stop, loss_fn, number),
+            checkpoint=file,
+            quiet=True,
+        )
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
+    kept = load_file(file)
+    for name, tensor in weights(stopped).items():  # the step was done, and it is what was kept
+        assert torch.equal(kept[f"model.{name}"], tensor), name
 
     resumed = tiny_model(seed=5)  # whatever it held, the checkpoint decides
+    torch.rand(3)  # whatever was drawn, too
+    outcome = fit(
+        resumed, counting_data(), settings, loss_fn, checkpoint=file, resume=True, quiet=True
+    )
+    assert outcome.losses == expected.losses
+    assert outcome.tokens == settings.tokens and outcome.seconds > 0
+    assert_equal(whole, resumed)
+
+
+def test_stopped_several_times_it_is_still_the_same_run(tmp_path: Path) -> None:
+    """Evaluations, too, are those of one run."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"score": float(model.get_parameter("model.norm.weight").sum())}
+
+    options = {"evaluate": evaluate, "num_evaluations": 8, "quiet": True}
+    whole = tiny_model()
+    expected = fit(whole, counting_data(), SETTINGS, **options)
+    file = tmp_path / "state.safetensors"
+    for steps in (5, 1, 14, 7):  # the first and the third fall on an evaluation
+        model = tiny_model(seed=9 if file.exists() else 0)
+        stopping = stopping_at(steps)
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                model,
+                counting_data(),
+                SETTINGS,
+                stopping,
+                checkpoint=file,
+                resume=True,
+                **options,
+            )
+    resumed = tiny_model(seed=9)
+    outcome = fit(resumed, counting_data(), SETTINGS, checkpoint=file, resume=True, **options)
+    assert outcome.losses == expected.losses and outcome.evaluations == expected.evaluations
+    assert [entry["step"] for entry in outcome.evaluations] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert_equal(whole, resumed)
+
+
+def test_without_a_checkpoint_it_stops_after_a_whole_step() -> None:
+    stopped, short = tiny_model(), tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, counting_data(), SETTINGS, stopping_at(3), quiet=True)
+    seen: list[dict[str, Tensor]] = []
+
+    def noting(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        seen.append(weights(model))
+        return next_token_loss(model, batch)
+
+    fit(short, counting_data(), SETTINGS, noting, quiet=True)
+    assert all(torch.equal(tensor, seen[3][name]) for name, tensor in weights(stopped).items())
+
+
+def test_a_stop_in_the_last_step_finishes_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    whole, stopped = tiny_model(), tiny_model()
+    fit(whole, counting_data(), SETTINGS, quiet=True)
+    outcome = fit(stopped, counting_data(), SETTINGS, stopping_at(40), checkpoint=file, quiet=True)
+    assert outcome.steps == 40
+    assert_equal(whole, stopped)
+
+
+def test_a_stop_during_an_evaluation_waits_for_it(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"score": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            tiny_model(),
+            counting_data(),
+            SETTINGS,
+            checkpoint=file,
+            evaluate=evaluate,
+            num_evaluations=4,
+            quiet=True,
+        )
+    with safe_open(file, framework="pt") as opened:
+        kept = json.loads(opened.metadata()["outcome"])
+    assert kept["steps"] == 10 and kept["evaluations"] == [{"step": 10.0, "score": 1.0}]
+
+
+def test_a_thread_of_its_own_trains_too() -> None:
+    """Only the main thread may listen to signals."""
+    plain, threaded = tiny_model(), tiny_model()
+    fit(plain, counting_data(), SETTINGS, quiet=True)
+    before = signal.getsignal(signal.SIGINT)
+    worker = threading.Thread(
+        target=fit, args=(threaded, counting_data(), SETTINGS), kwargs={"quiet": True}
+    )
+    worker.start()
+    worker.join()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert_equal(plain, threaded)
+
+
+def test_a_crash_loses_what_came_after_the_last_checkpoint_only(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    whole = tiny_model()
+    expected = fit(whole, counting_data(), SETTINGS, quiet=True)
+    calls = 0
+
+    def crashing(model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise RuntimeError("the disk is on fire")
+        return next_token_loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        fit(
+            tiny_model(),
+            counting_data(),
+            SETTINGS,
+            crashing,
+            checkpoint=file,
+            checkpoint_seconds=0.0,
+            quiet=True,
+        )
+    resumed = tiny_model(seed=5)
     outcome = fit(resumed, counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
     assert outcome.losses == expected.losses
     assert_equal(whole, resumed)
+
+
+def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_model(), counting_data(), SETTINGS, stopping_at(9), checkpoint=file, quiet=True)
+    before = file.read_bytes()
+
+    def cut(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half of a")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("hasten.training.loop.save_file", cut)
+        fit(tiny_model(), counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
+    assert file.read_bytes() == before
+    whole, resumed = tiny_model(), tiny_model(seed=5)
+    fit(whole, counting_data(), SETTINGS, quiet=True)
+    fit(resumed, counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
+    assert_equal(whole, resumed)
+
+
+def test_a_process_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Without a moment to save anything, as when the power goes."""
+    file = tmp_path / "state.safetensors"
+    code = f"""
+import time, torch
+from pathlib import Path
+from hasten.training import fit, next_token_loss
+from tests.test_training_loop import SETTINGS, counting_data, tiny_model
+torch.set_num_threads(1)
+calls = 0
+def slowing(model, batch):
+    global calls
+    calls += 1
+    if calls == 8:
+        print("now", flush=True)
+        time.sleep(600)
+    return next_token_loss(model, batch)
+fit(tiny_model(), counting_data(), SETTINGS, slowing, checkpoint=Path({str(file)!r}),
+    checkpoint_seconds=0.0, quiet=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"now\n"
+        finally:
+            process.kill()
+    whole, resumed = tiny_model(), tiny_model(seed=5)
+    expected = fit(whole, counting_data(), SETTINGS, quiet=True)
+    outcome = fit(resumed, counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
+    assert outcome.losses == expected.losses
+    assert_equal(whole, resumed)
+
+
+def test_without_resume_a_checkpoint_is_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_model(), counting_data(), SETTINGS, stopping_at(9), checkpoint=file, quiet=True)
+    whole, again = tiny_model(), tiny_model()
+    fit(whole, counting_data(), SETTINGS, quiet=True)
+    assert fit(again, counting_data(), SETTINGS, checkpoint=file, quiet=True).steps == 40
+    assert_equal(whole, again)
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_matrices_multiply_in_bf16_and_weights_stay_in_fp32(tmp_path: Path, autocast: bool) -> None:
+    model = tiny_model()
+    products: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _m, _i, out: products.add(out.dtype))
+    gradients: set[torch.dtype] = set()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: gradients.add(p.grad.dtype))
+    file = tmp_path / "state.safetensors"
+    settings = replace(SETTINGS, autocast=autocast)
+    outcome = fit(model, counting_data(), settings, checkpoint=file, quiet=True)
+    assert products == {torch.bfloat16 if autocast else torch.float32}
+    assert gradients == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    kept = {name: tensor for name, tensor in load_file(file).items() if name != "rng"}
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert any(name.startswith("optimizer.momentum_buffer") for name in kept)
+    assert outcome.final_loss < 0.5 * outcome.losses[0]
+    # Weights as they are in bf16 would lose small updates.
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+
+
+def test_mixed_precision_learns_what_full_precision_learns() -> None:
+    losses = {}
+    for autocast in (False, True):
+        settings = replace(SETTINGS, autocast=autocast)
+        losses[autocast] = fit(tiny_model(), counting_data(), settings, quiet=True).losses
+    assert losses[True] != losses[False]
+    for mixed, full in zip(losses[True], losses[False], strict=True):
+        assert mixed == pytest.approx(full, abs=0.1)
+
+
+# Progress.
+
+
+def test_progress_is_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"evaluate": lambda model: {"score": 0.25}, "num_evaluations": 4, "label": "a run"}
+    outcome = fit(tiny_model(), counting_data(), SETTINGS, **options)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/40", "10/40", "20/40", "30/40", "40/40"]
+    assert [line.split()[3] for line in lines] == ["8", "8", "8", "16", "16"]  # the length
+    last = sum(outcome.losses[-10:]) / 10
+    assert f"loss {last:.3f} step 40 score 0.25" in lines[-1]
+    assert all("tokens/s" in line for line in lines)
+
+
+def test_progress_without_news_is_one_line_at_times(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(1000.0, step=1.0)
+    monkeypatch.setattr("hasten.training.loop.time.monotonic", lambda: next(clock))
+    fit(tiny_model(), counting_data(), SETTINGS)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 < len(lines) < 8
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny_model(), counting_data(), SETTINGS, evaluate=lambda model: {"a": 1.0}, quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        "hasten.training.loop.Console",
+        lambda **_: Console(file=screen, force_terminal=True, width=100, color_system=None),
+    )
+    fit(tiny_model(), counting_data(), SETTINGS, label="a run")
+    shown = screen.getvalue()
+    assert "a run" in shown and "40/40" in shown and "loss" in shown
+    assert "tokens/s" not in shown and capsys.readouterr() == ("", "")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_model(), counting_data(), SETTINGS, stopping_at(3), label="another")
+    assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:

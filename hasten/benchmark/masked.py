@@ -96,6 +96,7 @@ class MaskedJob:
             quality=False,
             prompt_tokens=PROMPT_TOKENS,
         )
+        _check_prompts(subject, work.prompts)
         job = cls(subject, work, seed, tick, block_length, judge=_origin(subject))
         job.bind([Plan(()), *plans])
         return job
@@ -275,7 +276,7 @@ class MaskedJob:
             ),
             "passes": self.activity[BASELINE]["passes"],
             "peak_bytes": int(peak.bytes),
-            "cache_bytes": 0,
+            "cache_bytes": static.peak_cache_bytes,
         }
         if self.judge is not None:
             beside = compare(self.answer(self.judge, texts), original, self.seed) if texts else {}
@@ -376,19 +377,20 @@ def bench_masked(
         block_length: as `MaskedModel.generate`.
         train: train parts that are missing.
     """
+    block_length = block_for(subject, max_new_tokens, block_length)
     if not train:
         check_parts(subject, plans)
     train_parts(subject, plans, seed=seed, tick=tick)
-    machine_limits = limits(on_tick=tick)
     job = MaskedJob.start(
         subject,
         plans,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
-        block_length=block_for(subject, max_new_tokens, block_length),
+        block_length=block_length,
         seed=seed,
         tick=tick,
     )
+    machine_limits = limits(on_tick=tick)  # takes seconds, so after all that may be refused
     if stored is not None:
         job.choose_dtype(stored)
     timings = job.time(rounds)
@@ -424,6 +426,17 @@ def bench_masked(
         "baseline": job.baseline(timings, texts, original, machine_limits),
         "rows": rows,
     }
+
+
+def _check_prompts(subject: Subject, prompts: list[Tensor]) -> None:
+    """Refuse a prompt with masks before anything is measured; a benchmark continues texts."""
+    assert subject.form is not None
+    mask_id = subject.form.mask_id
+    if any(bool((prompt == mask_id).any()) for prompt in prompts):
+        raise HastenError(
+            f"A prompt holds the mask (id {mask_id}), and a benchmark continues prompts; give a text "
+            "without it."
+        )
 
 
 def _texts(subject: Subject, new_tokens: int, seed: int) -> list[Tensor]:

@@ -131,6 +131,8 @@ def _random_workload(subject: Subject, length: int, max_new_tokens: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     vocabulary = subject.model.config.get_text_config(decoder=True).vocab_size
     rows = torch.randint(0, vocabulary, (NUM_PROMPTS, length), generator=generator)
+    if subject.form is not None:  # a prompt holds no mask
+        rows[rows == subject.form.mask_id] = 0 if subject.form.mask_id else 1
     prompts = [row[None].to(subject.model.device) for row in rows]
     return Workload(prompts, max_new_tokens, source="random ids (the subject has no tokenizer)")
 

@@ -44,11 +44,17 @@ def open_companion(model: PreTrainedModel, wanted: str, *, technique: str, knob:
         technique: name of the technique that asks and `knob` the name of its knob, for errors.
 
     Raises:
-        PlanError: where "auto" knows no sibling, or the two models do not share their tokens.
+        PlanError: where "auto" knows no sibling, the second model does not read from left to right, or
+            the two do not share their tokens.
         SubjectError: where the second model cannot be opened.
     """
     name = _sibling(model, technique, knob) if wanted == AUTO else wanted
     subject = open_subject(name, dtype=model.dtype, device=model.device)
+    if subject.engine != "causal":
+        raise PlanError(
+            f"{technique}: {name} runs on the {subject.engine} engine; {knob} must read from left to right. "
+            "Name an autoregressive model."
+        )
     _check_vocabulary(model, subject, technique)
     return Companion(subject.model, name)
 

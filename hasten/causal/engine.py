@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.causal.slots import CausalTechnique
-from hasten.errors import HastenError, PlanError
+from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.plan import Plan
 from hasten.streaming import streamed
 from hasten.subject import Subject
 from hasten.technique import Parts
 
 RUNNERS: dict[str, type[Runner]] = {"eager": EagerRunner, "compiled": CompiledRunner}
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # that ids may be
 
 _RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = (
     weakref.WeakKeyDictionary()
@@ -68,6 +69,11 @@ class CausalModel(AppliedPlan):
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
+        if subject.engine != "causal":
+            raise SubjectError(
+                f"{subject.name} runs on the {subject.engine} engine, not on the causal one; hasten.apply "
+                "picks the engine."
+            )
         super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         brought = [
             own
@@ -148,11 +154,27 @@ class CausalModel(AppliedPlan):
         nll = -trace.log_softmax(dim=-1).gather(2, run.forced[..., None])[..., 0]
         return Score(nll, trace if logits else None, self.activity)
 
+    def infill(self, *args: Any, **arguments: Any) -> NoReturn:
+        """Refuse: only the masked engine fills masks.
+
+        Raises:
+            HastenError: always.
+        """
+        raise HastenError(
+            f"infill is for models that fill masks, and {self.subject.name} reads from left to right; "
+            "use generate, or a model of the masked engine (code-dlm, LLaDA, Dream, SDAR)."
+        )
+
     # -- the rest --------------------------------------------------------------------------------
     def _run(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, arguments: dict[str, Any]
     ) -> Run:
         self._check_open()
+        if "block_length" in arguments:
+            raise HastenError(
+                f"block_length is for models that fill masks, and {self.subject.name} reads from left to "
+                "right; leave it out."
+            )
         prompt, mask = check_prompt(self.subject, input_ids, attention_mask)
         settings = Settings.resolve(self.subject.model, prompt.shape[1], arguments)
         check_length(self.subject, prompt.shape[1], settings.max_new_tokens)
@@ -195,8 +217,8 @@ def check_prompt(
 ) -> tuple[Tensor, Tensor | None]:
     """Ids and padding mask on the model's device, or one clear error."""
     if not isinstance(input_ids, Tensor):
-        raise HastenError("generate needs input_ids, a tensor of token ids (batch, length).")
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise HastenError("input_ids is missing or no tensor; give token ids (batch, length).")
+    if input_ids.dim() != 2 or input_ids.dtype not in WHOLE_NUMBERS:
         raise HastenError(
             f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it must be whole "
             "numbers of shape (batch, length)."
@@ -210,12 +232,21 @@ def check_prompt(
             f"The prompt holds token id {low if low < 0 else high}; allowed is 0 to {vocabulary - 1}."
         )
     device = subject.model.device
+    ids = input_ids.to(device).long()
     if attention_mask is None:
-        return input_ids.to(device), None
+        return ids, None
+    if not isinstance(attention_mask, Tensor):
+        raise HastenError(
+            f"attention_mask is a {type(attention_mask).__name__}; it must be a tensor like input_ids."
+        )
     if attention_mask.shape != input_ids.shape:
         raise HastenError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; "
             "they must be equal."
+        )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise HastenError(
+            "attention_mask holds other values than 0 and 1; 1 is a token and 0 is padding."
         )
     mask = attention_mask.to(device).long()
     if not bool((mask.sum(dim=1) > 0).all()):
@@ -224,7 +255,7 @@ def check_prompt(
         raise HastenError(
             "The batch is padded on the right; pad on the left (tokenizer.padding_side='left')."
         )
-    return input_ids.to(device), mask
+    return ids, mask
 
 
 def check_length(subject: Subject, prompt: int, new: int) -> None:

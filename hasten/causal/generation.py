@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
@@ -80,6 +82,11 @@ class Settings:
         """
         given = dict(arguments)
         config = given.pop("generation_config", None)
+        if not isinstance(config, GenerationConfig | None):
+            raise HastenError(
+                f"generation_config is a {type(config).__name__}; it must be transformers' "
+                "GenerationConfig."
+            )
         defaults = model.generation_config
 
         def take(name: str, default: Any) -> Any:
@@ -102,17 +109,18 @@ class Settings:
         max_new = take("max_new_tokens", None)
         max_length = take("max_length", None)
         if max_new is None:
-            max_new = (max_length or DEFAULT_MAX_LENGTH) - prompt_length
-        eos = take("eos_token_id", None)
-        eos_ids = tuple(_as_list(eos))
-        pad = take("pad_token_id", eos_ids[0] if eos_ids else 0)
+            max_new = _room(max_length, prompt_length)
+        eos_ids = tuple(_ids("eos_token_id", take("eos_token_id", None)))
+        pad = _padding(model, arguments, take("pad_token_id", eos_ids[0] if eos_ids else 0))
         stopping = _stopping(given, take)
-        do_sample = bool(take("do_sample", False))
+        do_sample = take("do_sample", False)
+        if do_sample not in (True, False):
+            raise HastenError(f"do_sample={do_sample!r} must be True or False.")
         settings = cls(
             max_new_tokens=max_new,
             eos_token_ids=eos_ids,
-            pad_token_id=int(pad),
-            do_sample=do_sample,
+            pad_token_id=pad,
+            do_sample=bool(do_sample),
             temperature=take("temperature", 1.0),
             top_k=take("top_k", DEFAULT_TOP_K if do_sample else 0),
             top_p=take("top_p", 1.0),
@@ -135,15 +143,25 @@ class Settings:
 
     def check(self) -> None:
         """Raise one clear error for a value that no generation can run with."""
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+        if not _is_whole(self.max_new_tokens):
             raise HastenError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number.")
         if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS_LIMIT:
             raise HastenError(
                 f"max_new_tokens={self.max_new_tokens} is out of range; allowed is 1 to "
                 f"{MAX_NEW_TOKENS_LIMIT}."
             )
+        for name, whole in (("seed", self.seed), ("top_k", self.top_k)):
+            if whole is not None and not _is_whole(whole):
+                raise HastenError(f"{name}={whole!r} must be a whole number.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise HastenError(f"seed={self.seed!r} is out of range; allowed is 0 to {2**63 - 1}.")
+        if self.streamer is not None and not (
+            hasattr(self.streamer, "put") and hasattr(self.streamer, "end")
+        ):
+            raise HastenError(
+                f"streamer is a {type(self.streamer).__name__}; it must have put and end, as "
+                "transformers' TextStreamer has."
+            )
         ranges = (
             ("temperature", self.temperature, 1e-6 if self.do_sample else 0.0, 100.0),
             ("top_k", self.top_k, 0, 10**9),
@@ -177,12 +195,45 @@ def _accepted() -> set[str]:
     }  # fmt: skip
 
 
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _ids(name: str, value: Any) -> list[int]:
+    """Token ids of one, a list or a tensor of them."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    return [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    found = list(value) if isinstance(value, list | tuple) else [value] * (value is not None)
+    if not all(map(_is_whole, found)):
+        raise HastenError(
+            f"{name}={value!r} must be a token id, a whole number, or a list of them."
+        )
+    return [int(one) for one in found]
+
+
+def _padding(model: PreTrainedModel, arguments: Mapping[str, Any], value: Any) -> int:
+    """The id behind the end of a row; what a call asks for must be in the vocabulary."""
+    found = _ids("pad_token_id", value)
+    if len(found) != 1:
+        raise HastenError(f"pad_token_id={value!r} must be one token id, a whole number.")
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if arguments.get("pad_token_id") is not None and not 0 <= found[0] < vocabulary:
+        raise HastenError(f"pad_token_id={found[0]}; allowed is 0 to {vocabulary - 1}.")
+    return found[0]
+
+
+def _room(max_length: Any, prompt: int) -> int:
+    """What is left for new tokens where a call limits all tokens, or says nothing."""
+    if max_length is not None and not _is_whole(max_length):
+        raise HastenError(f"max_length={max_length!r} must be a whole number.")
+    total = max_length or DEFAULT_MAX_LENGTH
+    if total <= prompt:
+        said = "" if max_length else ", which is what transformers takes where nothing is said,"
+        raise HastenError(
+            f"max_length={total}{said} leaves no room behind a prompt of {prompt} tokens; give "
+            "max_new_tokens."
+        )
+    return total - prompt
 
 
 def _stopping(given: dict[str, Any], take: Any) -> StoppingCriteriaList | None:

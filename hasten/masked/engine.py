@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hasten.applied import AppliedPlan
 from hasten.causal.engine import check_length, check_prompt
 from hasten.causal.generation import Settings, result
-from hasten.errors import HastenError
+from hasten.errors import HastenError, SubjectError
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.run import Run, Slots
 from hasten.masked.sampling import Sampler
@@ -47,7 +47,11 @@ class MaskedModel(AppliedPlan):
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
-        assert subject.form is not None, "the subject is of another engine"
+        if subject.form is None:
+            raise SubjectError(
+                f"{subject.name} runs on the {subject.engine} engine, not on the masked one; hasten.apply "
+                "picks the engine."
+            )
         super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         self.form: MaskedForm = subject.form
         self._slots()  # a technique of another engine is refused now

@@ -8,17 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import hasten
+from hasten.causal.generation import Settings
 from hasten.errors import PlanError
 from hasten.masked.committer.credit import Credit
+from hasten.masked.committer.dinfer import DInfer
 from hasten.masked.committer.parallel import best_of_stretches
+from hasten.masked.denoiser import Denoiser
 from hasten.masked.engine import MaskedModel
 from hasten.masked.run import Run
+from hasten.masked.sampling import Sampler
 from hasten.plan import Plan
 from hasten.technique import Slot
 from tests import models
 from tests.techniques.fillers import MASK, NEVER, filler, prompt, record
+from tests.techniques.stale import Stale
 
 BARE = "cache=none, smoothing=false"
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -29,6 +35,183 @@ def steps(plan: str, **arguments: Any) -> tuple[Tensor, Run]:
     with hasten.apply(filler(sharp=8.0), *([plan] if plan else [])) as fast:
         run = record(fast, prompt(3), **arguments).run
     return run.sequences(), run
+
+
+# ------------------------------------------------------------------- all of it, place by place
+Span = tuple[int, int] | None
+
+
+def reference(
+    model: PreTrainedModel,
+    ids: list[int],
+    new: int,
+    block: int,
+    *,
+    sampler: Sampler | None = None,
+    **knobs: Any,
+) -> tuple[list[list[int]], list[Tensor], list[Span]]:
+    """One row by the sheet's steps: the text after each pass, what the pass said, what it computed.
+
+    Returns:
+        Texts; logits (block, vocabulary) with credit; first and last position, None for all.
+    """
+    k = {**DInfer().knobs, **knobs}
+    table, stale = model.get_input_embeddings().weight.detach(), Stale(model)
+    text = [*ids, *[MASK] * new]
+    length, step, last_full = len(text), 0, 0
+    beliefs: dict[int, Tensor] = {}
+    texts, said, computed = [], [], []
+    for start in range(len(ids), length, block):
+        end, credit, anew = start + block, torch.zeros(block, len(table)), True
+        while MASK in text[start:end]:
+            period = k["cache_update_freq"]
+            span: Span = (max(0, start - max(k["prefix_look"], model.config.shifted_logits)),
+                          length if k["cache"] == "prefix" else min(length, end + k["after_look"]))  # fmt: skip
+            if (k["cache"] == "none" or step < k["warmup_steps"] or anew
+                    or (period and step - last_full >= period)):  # fmt: skip
+                span, last_full = None, step
+            read = table[text].clone()
+            share = k["smoothing_start"] + k["smoothing_growth"] * (step - 1)
+            for place, chances in beliefs.items() if k["smoothing"] else ():
+                if text[place] == MASK:
+                    read[place] += min(share, k["smoothing_limit"]) * (chances.double() @ table)
+            rows = None if span is None else range(*span)
+            logits = stale.logits(torch.tensor([text]), rows, read[None])[0, start:end]
+            beliefs = {start + i: logits[i].softmax(-1) for i in range(block)}
+            masked = [p for p in range(start, end) if text[p] == MASK]
+            if k["decoder"] == "credit":
+                credit *= 1.0 if anew else k["credit_decay"]
+                for p in masked:
+                    chance, token = logits[p - start].softmax(-1).max(-1)
+                    credit[p - start, token] += chance ** k["credit_power"]
+                logits = logits + k["credit_weight"] * torch.log(1 + credit)
+            drawn = logits.argmax(-1)
+            if sampler is not None:
+                wanted = torch.arange(start, end)
+                drawn = sampler.best(logits[None], torch.tensor([text]), wanted, MASK)[0]
+            sure = {p: float(logits[p - start].softmax(-1)[drawn[p - start]]) for p in masked}
+            theta = k["threshold"]
+            if k["smoothing"] and k["threshold_decay"]:
+                theta = max(1 - k["threshold_decay"] * step, theta)
+            chosen = {p for p in masked if sure[p] >= theta}
+            chosen.add(max(masked, key=lambda p: (sure[p], -p)))
+            if k["decoder"] == "hierarchical":
+                stretch: list[int] = []
+                for p in [*masked, length + 1]:  # the last one only ends the last stretch
+                    if stretch and p != stretch[-1] + 1:
+                        best = max(stretch, key=lambda q: (sure[q], -q))
+                        chosen |= {best} if sure[best] > k["low_threshold"] else set()
+                        stretch = []
+                    stretch.append(p)
+            for p in chosen:
+                text[p] = int(drawn[p - start])
+            texts.append(list(text))
+            said.append(logits)
+            computed.append(span)
+            step, anew = step + 1, False
+    return texts, said, computed
+
+
+WHOLE = [
+    {},  # the defaults
+    {"decoder": "threshold", "cache": "none", "smoothing": False, "threshold": 0.6},
+    {"cache": "none", "smoothing": False, "threshold": 0.7, "low_threshold": 0.2},
+    {"decoder": "credit", "cache": "none", "smoothing": False, "threshold": 0.8},
+    {"decoder": "credit", "threshold": 0.7, "warmup_steps": 1, "after_look": 3, "prefix_look": 0},
+    {"decoder": "threshold", "cache": "prefix", "warmup_steps": 0, "prefix_look": 2},
+    {"low_threshold": 0.2, "warmup_steps": 2, "prefix_look": 3, "after_look": 4,
+     "cache_update_freq": 3, "threshold_decay": 0.05},
+    {"decoder": "none", "smoothing": False, "warmup_steps": 3, "cache_update_freq": 4,
+     "prefix_look": 0, "after_look": 0, "threshold": 2.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"shifted": True}, {"block_length": 8}, {"shifted": True, "block_length": 12}],
+    ids=str,
+)
+@pytest.mark.parametrize("knobs", WHOLE, ids=str)
+def test_every_pass_is_the_sheets(
+    knobs: dict[str, Any], form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Beliefs are handed on from pass to pass, and rounding would be with them.
+    model, found = filler(sharp=8.0, dtype=torch.float64, **form), []
+    logits = Denoiser.logits
+
+    def noted_logits(self: Any, *args: Any, rows: Tensor | None = None, **more: Any) -> Tensor:
+        found.append(None if rows is None else (int(rows[0]), int(rows[-1]) + 1))
+        return logits(self, *args, rows=rows, **more)
+
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 0, "seed": 2}
+    for arguments in ({}, drawn):
+        found.clear()
+        with monkeypatch.context() as patch, hasten.apply(model, DInfer(**knobs)) as fast:
+            patch.setattr(Denoiser, "logits", noted_logits)
+            noted = record(fast, prompt(1), new=32, block=16, **arguments)
+        settings = Settings.resolve(model, 1, {"max_new_tokens": 1, **arguments})
+        texts, said, computed = reference(
+            model, prompt(1)[0].tolist(), 32, 16, sampler=Sampler(settings, 1), **knobs
+        )
+        assert [text[0].tolist() for text in noted.after] == texts
+        assert found == computed
+        for guess, expected in zip(noted.guesses, said, strict=True):
+            torch.testing.assert_close(guess.logits[0], expected, rtol=0, atol=1e-4)
+            ours, best = guess.logits[0].softmax(-1), guess.tokens[0, guess.wanted]
+            chances = ours.gather(1, best[:, None])[:, 0]  # whatever the temperature
+            assert torch.equal(guess.confidence[0, guess.wanted], chances)
+
+
+@pytest.mark.parametrize("decoder", ["threshold", "hierarchical", "credit"])
+@pytest.mark.parametrize("cache", ["none", "dual", "prefix"])
+def test_a_row_of_a_batch_is_what_it_is_alone_but_for_what_counts_passes(
+    decoder: str, cache: str
+) -> None:
+    """Rows whose block is full wait for the others, and nothing of them changes meanwhile."""
+    rows = [prompt(1, n, seed=n)[0] for n in (12, 7, 3)]
+    knobs = f"decoder={decoder}, cache={cache}, smoothing=false, warmup_steps=0, threshold=0.7"
+    knobs += ", low_threshold=0.2, prefix_look=3, after_look=3"
+    batch = models.padded(rows)
+    with hasten.apply(filler(sharp=8.0), f"dinfer({knobs})") as fast:
+        noted = record(fast, batch["input_ids"], 24, mask=batch["attention_mask"], block=8)
+        for row, ids in zip(noted.run.sequences(), rows, strict=True):
+            alone = record(fast, ids[None], 24, block=8).run
+            assert torch.equal(row[12:], alone.sequences()[0, ids.numel() :])
+        waited = 0
+        for before, after in zip(noted.before, noted.after, strict=True):
+            first = int((before == MASK).any(dim=0).float().argmax())
+            end = first + 8 - (first - 12) % 8  # of the block in hand
+            full = (before[:, :end] != MASK).all(dim=1)
+            assert torch.equal(before[full], after[full])
+            waited += int(full.sum())
+        assert waited > 0
+
+
+@pytest.mark.parametrize("decoder", ["threshold", "hierarchical", "credit"])
+def test_the_mask_itself_is_never_fixed(decoder: str) -> None:
+    """Not by a model to which it is the likeliest token everywhere, either."""
+    model = filler(sharp=8.0)
+    lifted = model.lm_head.weight.detach()
+    lifted[MASK] = 0.0
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, out: out + 50.0 * torch.nn.functional.one_hot(
+            torch.tensor(MASK), out.shape[-1])
+    )  # fmt: skip
+    with torch.no_grad():
+        assert bool((model(prompt(1)).logits.argmax(-1) == MASK).all())
+    with hasten.apply(model, f"dinfer(decoder={decoder}, warmup_steps=0)") as fast:
+        out = fast.generate(prompt(2), max_new_tokens=16, block_length=8, **NEVER)
+    assert not bool((out == MASK).any())
+
+
+def test_confidence_is_that_of_float32_logits() -> None:
+    with hasten.apply(filler(sharp=8.0, dtype=torch.bfloat16), f"dinfer({BARE})") as fast:
+        noted = record(fast, prompt(2), new=8)
+    for guess in noted.guesses:
+        assert guess.logits.dtype == guess.confidence.dtype == torch.float32
+        sums = guess.logits.exp().sum(-1)
+        by_hand = guess.logits.max(-1).values.exp() / sums
+        torch.testing.assert_close(guess.confidence[:, guess.wanted], by_hand)
 
 
 # ------------------------------------------------------------------------------------ committers
@@ -228,11 +411,15 @@ def test_smoothing_without_weight_is_no_smoothing(decoder: str, cache: str) -> N
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("form", ["plain", "shifted", "scaled"])
 def test_open_places_are_read_with_the_beliefs_of_the_pass_before(
-    cache: str, monkeypatch: pytest.MonkeyPatch
+    form: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = filler()
-    table = model.get_input_embeddings().weight.detach()
+    scaled = {"family": "gemma3_text", "layer_types": ["full_attention"] * 2, "sharp": 1.0}
+    model = filler(**{"plain": {}, "shifted": {"shifted": True}, "scaled": scaled}[form])
+    layer = model.get_input_embeddings()
+    table = layer(torch.arange(len(layer.weight))).detach()  # scaled where the model scales them
+    assert torch.equal(table, layer.weight) == (form != "scaled")
     seen: list[Tensor | None] = []
     with hasten.apply(model, f"dinfer(decoder=none, cache={cache}, warmup_steps=0)") as fast:
         technique = next(iter(fast.plan))
@@ -282,8 +469,13 @@ def test_parts_that_are_off_free_their_slots() -> None:
         assert set(next(iter(Plan.parse(text))).terms().slots) == slots
     Plan.parse("dinfer(decoder=none), confidence_threshold")
     Plan.parse("dinfer(decoder=none, smoothing=false), saber")
+    Plan.parse("dinfer(decoder=none, smoothing=false), freedave")
     for text, why in {
         "dinfer, saber": "committer",
+        "dinfer(decoder=credit, cache=none, smoothing=false), freedave": "committer",
+        "dinfer(decoder=none, cache=none), freedave": "nothing but tokens",
+        "dinfer(cache=none), freecache": "committer",
+        "dinfer(decoder=none), freecache(guided=False)": "window",
         "dinfer(decoder=none), saber": "nothing but tokens",
         "dinfer(decoder=none, smoothing=false, cache=prefix), saber": "stay fixed",
     }.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 import hasten
+from hasten.causal.generation import Settings
 from hasten.errors import PlanError
 from hasten.masked.denoiser import Denoiser
+from hasten.masked.remasker.saber import Saber
+from hasten.masked.sampling import Sampler
 from hasten.plan import Plan
 from hasten.subject import MaskedForm
+from hasten.technique import Slot
 from tests import models
 from tests.techniques.fillers import (
     LETTERS,
@@ -30,54 +35,128 @@ from tests.techniques.fillers import (
 
 
 def reference(
-    model: Any, ids: list[int], new: int, block: int, *, n: int = 2, adaptive: bool = True
-) -> list[list[int]]:
-    """The text after each pass, by the sheet's steps, place by place, for one row."""
-    shifted = model.config.shifted_logits
-    denoiser = Denoiser(model, MaskedForm(MASK, shifted))
-    text, start = [*ids, *[MASK] * new], len(ids)
+    model: Any,
+    text: list[int],
+    block: int,
+    *,
+    n: int = 2,
+    adaptive: bool = True,
+    sampler: Sampler | None = None,
+) -> tuple[list[list[int]], Counter[str]]:
+    """The text after each pass, by the sheet's steps, place by place, for one row; and counters.
+
+    Args:
+        text: ids with masks; those that are none never change.
+        sampler: draws the tokens; the likeliest ones without.
+    """
+    sees = getattr(model.config, "block_length", None)
+    denoiser = Denoiser(model, MaskedForm(MASK, model.config.shifted_logits, sees))
+    text, wanted_places = list(text), [p for p, token in enumerate(text) if token == MASK]
+    start = wanted_places[0]
     last = [0.0] * len(text)
     at_commit: dict[int, float] = {}
+    lost: dict[int, int] = {}
     done: set[int] = set()
-    texts = []
-    for end in range(start + block, len(text) + 1, block):
-        while any(token == MASK for token in text[:end]):
-            wanted = torch.arange(start, end)
-            chances = denoiser.logits(torch.tensor([text]), wanted)[0].softmax(-1)
-            confidence = {p: float(chances[p - start].max()) for p in range(start, end)}
-            best = {p: int(chances[p - start].argmax()) for p in range(start, end)}
+    texts, counted = [], Counter[str]()
+    for first in range(start, len(text), block):
+        end = min(first + block, len(text))
+        places = [p for p in wanted_places if p < end]
+        while any(text[p] == MASK for p in places):
+            wanted, ids = torch.arange(start, end), torch.tensor([text])
+            logits = denoiser.logits(ids, wanted)
+            chances = logits[0].softmax(-1)
+            drawn = (
+                logits.argmax(-1) if sampler is None else sampler.best(logits, ids, wanted, MASK)
+            )
+            best = {p: int(drawn[0, p - start]) for p in places}
+            confidence = {p: float(chances[p - start, best[p]]) for p in places}
             delta = {p: c - last[p] for p, c in confidence.items()}
             last = [confidence.get(p, -math.inf) for p in range(len(text))]
             tau = sum(at_commit.values()) / len(at_commit) if at_commit else 1.0
             if not adaptive:
                 tau = math.inf
-            still = [p for p in range(start, end) if p not in done]
+            still = [p for p in places if p not in done]
             commit = [p for p in still if confidence[p] > tau]
             if len(commit) < n:
                 commit = sorted(still, key=lambda p: -confidence[p])[:n]
             for p in commit:
                 text[p], at_commit[p] = best[p], confidence[p]
                 done.add(p)
-            if any(token == MASK for token in text[:end]):
+                counted["returned"] += lost.get(p) == text[p]
+            counted["parallel"] += len(commit) - 1
+            if any(text[p] == MASK for p in places):
                 fixed = max(n, len(commit))
                 number = min(max(n // 2, math.ceil(fixed / 8)), fixed - 1)
                 for p in sorted(done, key=lambda p: (delta[p], p))[:number]:
-                    text[p] = MASK
+                    text[p], lost[p] = MASK, text[p]
                     done.discard(p)
+                    counted["reopened"] += 1
             texts.append(list(text))
-    return texts
+    return texts, +counted
+
+
+def counters(noted: Record) -> dict[str, int]:
+    """What Saber counted."""
+    own = "saber."
+    found = noted.run.activity.items()
+    return {name.removeprefix(own): n for name, n in found if name.startswith(own)}
 
 
 @pytest.mark.parametrize("block", [24, 8])
-@pytest.mark.parametrize("form", [{}, {"shifted": True}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"shifted": True},
+        {"num_key_value_heads": 4},
+        {"block_length": 8},
+        {"shifted": True, "block_length": 6},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_every_pass_is_the_sheets(n: int, form: dict[str, Any], block: int) -> None:
     for sharp in (2.0, 8.0):
         model = filler(sharp=sharp, **form)
         with hasten.apply(model, f"saber(min_tokens={n})") as fast:
             noted = record(fast, prompt(1), block=block)
-        expected = reference(model, prompt(1)[0].tolist(), 24, block, n=n)
+        text = [*prompt(1)[0].tolist(), *[MASK] * 24]
+        expected, counted = reference(model, text, block, n=n)
         assert [text[0].tolist() for text in noted.after] == expected
+        assert counters(noted) == counted
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_holes_and_drawn_tokens_follow_the_sheet_too(shifted: bool) -> None:
+    """A drawn token is as sure as the model finds it, whatever the temperature."""
+    model = filler(sharp=8.0, shifted=shifted)
+    text = prompt(1, 40, seed=3)
+    text[0, 4:9], text[0, 12:32], text[0, [35, 38, 39]] = MASK, MASK, MASK
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": 4}
+    for block in (None, 12):
+        for n, arguments in ((1, {}), (2, {}), (3, drawn)):
+            sampler = Sampler(
+                Settings.resolve(model, 40, {"max_new_tokens": 1, **arguments}), batch=1
+            )
+            with hasten.apply(model, f"saber(min_tokens={n})") as fast:
+                filled = fast.infill(text, block_length=block, **arguments)
+                expected, counted = reference(
+                    model, text[0].tolist(), block or 40, n=n, sampler=sampler
+                )
+                assert filled[0].tolist() == expected[-1]
+                assert fast.activity["passes"] == len(expected)
+                assert fast.activity["saber.reopened"] == counted["reopened"] > 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16])
+def test_the_quota_is_the_sheets(n: int) -> None:
+    fixed = list(range(1, 70))
+    expected = [min(max(n // 2, math.ceil(k / 8)), k - 1) for k in fixed]
+    assert Saber(min_tokens=n).quota(torch.tensor(fixed)).tolist() == expected
+    assert all(back < k for back, k in zip(expected, fixed, strict=True))
+    assert Saber(min_tokens=n, backtrack="none").quota(torch.tensor(fixed)).tolist() == [0] * 69
+    # A row that waits fixes nothing, and nothing of it is opened.
+    assert Saber(min_tokens=n).quota(torch.tensor([0])).tolist() == [0]
 
 
 def test_one_place_a_pass_without_a_threshold_is_static_decoding() -> None:
@@ -264,5 +343,65 @@ def test_it_runs_over_a_cache_that_recomputes_what_it_looks_at() -> None:
         out = fast.generate(prompt(2), max_new_tokens=32, block_length=16, **NEVER)
         assert not bool((out == MASK).any())
         assert fast.activity["dinfer.reused"] > 0 and fast.activity["saber.reopened"] > 0
-    with pytest.raises(PlanError, match="committer"):
-        Plan.parse("saber, fixed_steps")
+    for other, why in {
+        "fixed_steps": "committer",
+        "freedave": "committer",
+        "freecache": "committer",
+        "freecache(guided=False)": "places that stay fixed",
+        "dinfer": "committer",
+        "dinfer(decoder=none, cache=none)": "inputs that are nothing but tokens",
+        "dinfer(decoder=none, smoothing=false, cache=prefix)": "places that stay fixed",
+    }.items():
+        with pytest.raises(PlanError, match=why):
+            Plan.parse(f"saber, {other}")
+
+
+def test_without_backtracking_it_only_fixes() -> None:
+    """Then what is fixed stays, the other slot is free, and a text can be streamed."""
+    (both,) = Plan.parse("saber(min_tokens=1)")  # a pass may fix several, and then open some
+    assert both.terms().slots == (Slot.COMMITTER, Slot.REMASKER)
+    for knobs in ("backtrack=none", "min_tokens=1, accelerate=false"):
+        (alone,) = Plan.parse(f"saber({knobs})")
+        assert alone.terms().slots == (Slot.COMMITTER,) and not alone.terms().changes
+    plan = "saber(backtrack=none)"
+    for cache in ("freecache(guided=False)", "dinfer(decoder=none, smoothing=false, cache=prefix)"):
+        Plan.parse(plan, cache)
+    with hasten.apply(filler(sharp=8.0), plan) as fast:
+        pieces = list(fast.stream(prompt(1), max_new_tokens=24, block_length=8, **NEVER))
+        assert len(pieces) > 2 and sum(map(len, pieces)) == 24
+        assert "saber.reopened" not in fast.activity and fast.activity["saber.parallel"] > 0
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_every_place_that_may_be_opened_is_computed_in_every_pass(
+    shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And over a cache that is never stale it does what it does without one."""
+    passes: list[tuple[Tensor | None, Tensor, Tensor]] = []
+    logits = Denoiser.logits
+
+    def noted_logits(self: Any, tokens: Tensor, wanted: Tensor, **more: Any) -> Tensor:
+        passes.append((more.get("rows"), wanted, tokens))
+        return logits(self, tokens, wanted, **more)
+
+    monkeypatch.setattr(Denoiser, "logits", noted_logits)
+    cache = "decoder=none, smoothing=false, cache=dual, prefix_look=0, after_look=0, warmup_steps=0"
+    texts = {}
+    for plan in (
+        "saber",
+        f"saber, dinfer({cache}, cache_update_freq=1)",
+        f"saber, dinfer({cache})",
+    ):
+        passes.clear()
+        with hasten.apply(filler(sharp=8.0, shifted=shifted), plan) as fast:
+            noted = record(fast, prompt(2), new=32, block=8)
+        texts[plan] = [text.tolist() for text in noted.after]
+    alone, fresh, _ = texts.values()
+    assert fresh == alone
+    earlier = 0
+    for rows, wanted, text in passes:
+        assert int(wanted[0]) == 12  # all that was not given, up to the end of the block in hand
+        if rows is not None:
+            assert rows.tolist() == list(range(12 - shifted, int(wanted[-1]) + 1))
+            earlier += bool((text[:, 12 : int(wanted[-1]) - 7] == MASK).any())
+    assert earlier > 0  # places of blocks before were open, and computed

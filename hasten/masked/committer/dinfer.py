@@ -2,7 +2,8 @@
 
 "dInfer: An Efficient Inference Framework for Diffusion Language Models" (arXiv
 2510.08666), after the paper and its reference code. Ours: the reference code fixes everything within
-1e-5 of the best place, so that near ties go together; here it is exactly the best one. Its loop
+1e-5 of the best place, so that near ties go together; here it is exactly the best one. And a place
+whose likeliest token is the mask waits there, while here the mask has no chance at all. Its loop
 unrolling, CUDA graphs and parallel processors are systems work that is not part of this. Its
 distilled checkpoints and the variant of the hierarchy that opens places again are not either.
 """

@@ -4,13 +4,14 @@
 Diffusion Language Model" (arXiv 2510.18165), after the reference code. A place is fixed if it is
 more confident than fixed places were on average when they were fixed, and the fixed places whose
 confidence fell most in the last pass are opened again. Confidence is that of the best token of a
-place now, whatever stands there. As in the code, a place that was opened keeps its share in the
-average until it is fixed anew, a pass that fills the block opens nothing, and places of earlier
-blocks may be opened while a later one is filled. Ours: rows of a batch have a threshold each.
+place now (when sampling, of the one that is drawn for it), whatever stands there. As in the code, a
+place that was opened keeps its share in the average until it is fixed anew, a pass that fills the
+block opens nothing, and places of earlier blocks may be opened while a later one is filled. Ours: rows of a batch have a threshold each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -107,6 +108,14 @@ class Saber(Committer, Remasker):
         choices=("drop", "confidence", "random", "none"),
     )
     seed: int = knob(0, "seed of the random choice", low=0)
+
+    def terms(self) -> Contract:
+        """Where nothing is ever opened again, what is fixed stays, and the remasker's slot is free."""
+        if self.backtrack != "none" and (self.accelerate or self.min_tokens > 1):
+            return self.contract
+        return dataclasses.replace(
+            self.contract, slots=(Slot.COMMITTER,), changes=frozenset[Resource]()
+        )
 
     def begin(self, run: Run, bound: Any) -> State:
         """See `MaskedTechnique.begin`."""

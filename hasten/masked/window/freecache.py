@@ -9,8 +9,9 @@ approves and never writes a token of its own.
 Ours: the reference code freezes a finished block as the pass saw it that filled its last place,
 when its last tokens were still masks. Here the first pass of the next block computes it once more.
 That costs one block of positions each, and what is kept belongs to the tokens that stand there,
-however many of them were filled at the end. The window counts from the block's edges, not from the
-last fixed token. A first token with nothing before it, which the guide cannot judge, counts as
+however many of them were filled at the end. The drafts that are read are those of the block in hand,
+not of all masks. The window counts from the block's edges, not from the last fixed token, and is off
+unless asked for. A first token with nothing before it, which the guide cannot judge, counts as
 approved.
 """
 
@@ -84,8 +85,10 @@ class FreeCache(Window, Committer):
             "The guide's own passes and weights come on top and are counted apart. Its order is left "
             "to right, so what stands behind a hole in a text is not heard by it. Frozen keys and "
             "values are stale where attention sees the whole text, and exact for models that see "
-            "blocks. Plain decoding holds no cache, so memory grows. The claims are against samplers "
-            "without any cache."
+            "blocks. Those need no cache of a technique: the engine keeps what stands by itself, and "
+            "computes a little less than this cache does. Plain decoding of others holds no cache, so "
+            "memory grows. The claims are against samplers without any cache. Where holes in texts are filled, a batch is frozen up to the first hole "
+            "of any row, so a row in it may differ from the same row alone."
         ),
     )
     contract: ClassVar[Contract] = Contract(

@@ -6,7 +6,8 @@ more confident than fixed places were on average when they were fixed, and the f
 confidence fell most in the last pass are opened again. Confidence is that of the best token of a
 place now (when sampling, of the one that is drawn for it), whatever stands there. As in the code, a
 place that was opened keeps its share in the average until it is fixed anew, a pass that fills the
-block opens nothing, and places of earlier blocks may be opened while a later one is filled. Ours: rows of a batch have a threshold each.
+block opens nothing, and places of earlier blocks may be opened while a later one is filled. Ours:
+rows of a batch have a threshold each.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hasten
 from hasten.denoise.network import networks
 from hasten.errors import HastenError, SubjectError
 from tests import pipelines
-from tests.pipelines import tiny
+from tests.pipelines import call, picture, tiny
 from tests.refusals import refused, refused_by_the_program
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +138,76 @@ def test_a_runner_that_a_technique_does_not_run_on(home: Path) -> None:
     assert "grat does not run on the 'compiled' runner" in line
 
 
+@pytest.mark.parametrize(
+    "scheduler", ["CMStochasticIterativeScheduler", "DPMSolverMultistepInverseScheduler"]
+)
+@pytest.mark.parametrize("plan", ["bottleneck_sampling", "auto_diffusion"])
+def test_a_scheduler_that_cannot_be_given_other_timesteps(scheduler: str, plan: str) -> None:
+    """It has noise levels, but none can be written for timesteps that are not its own."""
+    words = refusal(tiny("dit", scheduler=scheduler), plan)
+    assert f"{plan}: {scheduler} cannot be given other timesteps; use DDIM" in words
+
+
+NOISE_LEVELS = {
+    "adaptive_guidance": "goes by noise levels",
+    "stream_diffusion": "goes by noise levels",
+    "just_in_time": "goes by noise levels",
+    "dual_fast": "does not know the first-order term of",
+    "sada": "has none",
+    "bottleneck_sampling": "cannot be given other timesteps",
+    "rollover_budget_forcing": "searches along flows",
+}
+
+
+@pytest.mark.parametrize("plan", NOISE_LEVELS)
+def test_a_scheduler_that_is_known_to_none(plan: str) -> None:
+    """Before any call; what does not go by levels runs."""
+    words = refusal(tiny("dit", scheduler="EDMEulerScheduler"), plan)
+    assert plan in words and NOISE_LEVELS[plan] in words and "EDMEulerScheduler" in words
+    assert "; use " in words or "is of none" in words
+
+
+@pytest.mark.parametrize("plan", ["zeus", "easy_cache(threshold=9.0)", "delta_dit", "fewer_steps"])
+def test_what_needs_no_noise_levels_runs_with_any_scheduler(plan: str) -> None:
+    for scheduler in ("EDMEulerScheduler", "KDPM2AncestralDiscreteScheduler", "IPNDMScheduler"):
+        pipe = tiny("dit", scheduler=scheduler)
+        with hasten.apply(pipe, plan) as fast:
+            made = picture(fast(**call("dit", num_inference_steps=12)))
+            assert len(fast.activity) > 3
+        assert bool(made.isfinite().all())
+
+
+BEGINS_WITH_A_PICTURE = {
+    ("sd3_img2img", "rollover_budget_forcing"): "use its text-to-image pipeline",
+    ("sd3_inpaint", "rollover_budget_forcing"): "use its text-to-image pipeline",
+    ("sd3_inpaint", "bottleneck_sampling"): "puts pictures of the sample's size into its loop",
+    ("unet_inpaint", "bottleneck_sampling"): "puts pictures of the sample's size into its loop",
+    ("unet_img2img", "delta_dit"): "delta_dit works on transformer blocks",
+    ("unet_inpaint", "just_in_time"): "just_in_time leaves tokens out of transformer blocks",
+}
+
+
+@pytest.mark.parametrize(("family", "plan"), BEGINS_WITH_A_PICTURE)
+def test_pipelines_that_begin_with_a_picture_refuse_in_one_line(family: str, plan: str) -> None:
+    with pytest.raises(SubjectError) as caught:
+        hasten.apply(tiny(family), plan)
+    words = str(caught.value)
+    assert BEGINS_WITH_A_PICTURE[family, plan] in words and "\n" not in words and plan in words
+
+
+@pytest.mark.parametrize("family", ["sd3_img2img", "sd3_inpaint", "flux_inpaint", "unet_inpaint"])
+@pytest.mark.parametrize("plan", ["zeus", "sada", "dual_fast", "adaptive_guidance(threshold=-1)"])
+def test_what_runs_on_them_makes_a_picture_of_that_size(family: str, plan: str) -> None:
+    more = {"num_inference_steps": 16}
+    whole = picture(tiny(family)(**call(family, **more)))
+    with hasten.apply(tiny(family), plan) as fast:
+        made = picture(fast(**call(family, **more)))
+        counted = dict(fast.activity)
+    assert made.shape == whole.shape and bool(made.isfinite().all()) and counted["steps"] == 12
+    guided = not family.startswith("flux")
+    assert torch.equal(made, whole) == (plan.startswith("adaptive") and not guided)
+
+
 # ------------------------------------------------------------------------------ step counts
 @pytest.mark.parametrize("steps", [0, -3, True, 2.5, 1001, 10**12])
 def test_a_number_of_steps_that_is_none(steps: Any) -> None:
@@ -152,9 +223,23 @@ def test_fewer_steps_than_a_technique_needs(home: Path) -> None:
     assert not list(home.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("plan", ["zeus", "easy_cache", "sada"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "zeus",
+        "easy_cache",
+        "sada",
+        "adaspa(first=40)",
+        "adaptive_guidance",
+        "delta_dit(interval=2)",
+        "just_in_time",
+        "dual_fast",
+    ],
+)
 def test_too_few_steps_to_skip_any_is_inactive(plan: str) -> None:
-    (row,) = bench(tiny("sd3"), plan, steps=2, quality=False)["rows"]
+    steps = 2 if plan in ("zeus", "easy_cache", "sada") else 1
+    (row,) = bench(tiny("sd3"), plan, steps=steps, quality=False)["rows"]
+    plan = plan.partition("(")[0]
     assert row["verdict"] == "inactive" and f"{plan} did nothing" in row["reason"]
 
 

@@ -742,6 +742,11 @@ def test_outputs_are_given_back_as_they_were() -> None:
     found, pack = unpack(Transformer2DModelOutput(sample=tensor))
     back = pack(found + 1)
     assert isinstance(back, Transformer2DModelOutput) and torch.equal(back.sample, tensor + 1)
+    from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
+
+    found, pack = unpack(PriorTransformerOutput(predicted_image_embedding=tensor))
+    assert torch.equal(found, tensor)
+    assert torch.equal(pack(found + 1).predicted_image_embedding, tensor + 1)
 
 
 def test_a_hook_leaves_a_module_as_it_was() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hasten
 from hasten.denoise.engine import DenoiseModel
-from hasten.denoise.levels import Level, is_flow, level
+from hasten.denoise.levels import Level, check_levels, is_flow, level
 from hasten.errors import SubjectError
 from tests.pipelines import call, tiny
 
@@ -167,6 +167,28 @@ def test_halfway_steps_of_a_second_order_solver() -> None:
         sample = result
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "LMSDiscrete",
+        "KDPM2Discrete",
+        "KDPM2AncestralDiscrete",
+    ],
+)
+def test_samples_are_scaled_for_the_network_as_the_scheduler_does(name: str) -> None:
+    """At every step, also at those that second-order solvers make halfway."""
+    scheduler, ones = scheduler_of(name, **TABLE), torch.ones(SHAPE)
+    scheduler.set_timesteps(STEPS)
+    for index, time in enumerate(scheduler.timesteps):
+        found = level(scheduler, index, time)
+        close(scheduler.scale_model_input(ones, time), found.scale * ones)
+        assert index == len(scheduler.timesteps) - 1 or found.sigma > 0.0
+        scheduler.step(torch.zeros(SHAPE), time, ones)
+
+
 ORDER_ONE = {
     "unet": "DDIMScheduler",
     "unet_img2img": "DDIMScheduler",
@@ -208,6 +230,18 @@ def test_a_scheduler_whose_levels_are_not_known(name: str) -> None:
     scheduler.set_timesteps(2)
     with pytest.raises(SubjectError, match=r"use DDIM|known are"):
         level(scheduler, 0, scheduler.timesteps[0])
+
+
+@pytest.mark.parametrize("kind", ["adaptive_guidance", "just_in_time", "stream_diffusion"])
+def test_what_goes_by_levels_says_so_before_a_call(kind: str) -> None:
+    pipe = tiny("dit", scheduler="EDMEulerScheduler")
+    with pytest.raises(SubjectError, match=rf"{kind}.* goes by noise levels. EDMEulerScheduler"):
+        hasten.apply(pipe, kind)
+    for name in ("DDIM", "DDPM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "LCM", "TCD"):
+        check_levels(scheduler_of(name, **TABLE), kind)  # before it has made any timesteps
+    for name, settings in FLOWS:
+        check_levels(scheduler_of(name, **settings), kind)
+    assert hasten.apply(pipe, "adaptive_guidance(compare_as=output)").plan
 
 
 def test_a_prediction_that_is_not_known() -> None:

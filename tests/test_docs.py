@@ -280,7 +280,7 @@ def test_results_come_from_the_ledger(tmp_path: Path, monkeypatch: pytest.Monkey
     assert file.read_text() == text
 
 
-@pytest.mark.parametrize("subject", ["code-lm", "code-dlm", "scenes-dit"])
+@pytest.mark.parametrize("subject", ["code-lm", "code-dlm", "code-dlm-block", "scenes-dit"])
 def test_readme_has_blocks_of_results(subject: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     first, last = docs.block(subject)

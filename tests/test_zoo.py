@@ -25,7 +25,7 @@ from hasten.zoo.score import bits_per_byte, xz_bits_per_byte
 from hasten.zoo.tokenizer import train_tokenizer
 
 SHIPPED = ("code-lm", "code-lm-small", "code-lm-tiny")
-CONVERTED = ("code-dlm",)
+CONVERTED = ("code-dlm", "code-dlm-block")
 PICTURES = ("scenes-dit", "scenes-unet", "scenes-video")  # tested in test_scenes_models
 
 

@@ -49,6 +49,29 @@ def settings_of(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, dict[str, 
     }
 
 
+def steps_left_out(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> int:
+    """How many of the scheduler's timesteps a call will leave out at the start.
+
+    Pipelines that begin with a picture do, by their argument strength; each rounds in its own way,
+    so it is asked. The scheduler must have made its timesteps.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "strength" not in known or not hasattr(pipe, "get_timesteps"):
+        return 0
+    times = pipe.scheduler.timesteps
+    given = {
+        "num_inference_steps": steps,
+        "strength": arguments.get("strength", known["strength"].default),
+        "device": times.device,
+        "timesteps": times,
+    }
+    taken = inspect.signature(pipe.get_timesteps).parameters
+    if any(p.default is p.empty and name not in given for name, p in taken.items()):
+        return 0  # it reads strength in another way; whoever asks sees where the loop begins
+    walked, *_ = pipe.get_timesteps(**{k: v for k, v in given.items() if k in taken})
+    return steps - len(walked)
+
+
 def _plain(value: Any) -> Any:
     """Numbers of any kind as JSON has them; of anything else the pipeline itself says what is wrong."""
     try:

@@ -80,6 +80,8 @@ def find_guidance(outputs: list[Tensor], combined: Tensor) -> Guidance | None:
     if any(len(half) != len(combined) for half in pair):
         return None
     first, second = (like(half, combined).double() for half in pair)
+    if first.numel() != combined.numel():
+        return None  # the scheduler moves a part of it only, as where a clip begins with a picture
     target = combined.double()
     # Rescaled guidance is a multiple of the straight line: one for each sample, or for each vector.
     lines = [
@@ -126,3 +128,13 @@ def like(output: Tensor, sample: Tensor) -> Tensor:
     if output.numel() == sample.numel():
         return output.reshape(sample.shape)
     return output[:, : sample.shape[1]]
+
+
+def own_part(given: Tensor, sample: Tensor) -> Tensor:
+    """What of a network's input is the sample, in its shape: first come its own channels, or values.
+
+    Behind them some networks are given masks or pictures.
+    """
+    if given.numel() == sample.numel():
+        return given.reshape(sample.shape)
+    return given[tuple(slice(length) for length in sample.shape)]

@@ -116,6 +116,7 @@ def level(scheduler: Any, step: int, timestep: Any) -> Level:
         ratios = scheduler.sigmas
         if step % 2 and hasattr(scheduler, "sigmas_interpol"):
             ratios = scheduler.sigmas_interpol  # every other step is made halfway
+            step -= name.startswith("KDPM2Ancestral")  # whose list begins one earlier
         ratio = float(ratios[step])
         scale = (ratio * ratio + 1.0) ** -0.5
         return Level(scale, ratio * scale, kind, scale)
@@ -130,3 +131,15 @@ def level(scheduler: Any, step: int, timestep: Any) -> Level:
         f"{name} does not say its noise levels in a way that is known here; use DDIM, DPM-Solver, UniPC, "
         "Euler or a flow-matching scheduler."
     )
+
+
+def check_levels(scheduler: Any, who: str) -> None:
+    """Raise a SubjectError, which names a technique, for a scheduler whose levels are not known here.
+
+    It is asked before a call, of the list that a scheduler is made with.
+    """
+    last = int(scheduler.config.get("num_train_timesteps") or 1000) - 1
+    try:
+        level(scheduler, 0, last)
+    except SubjectError as error:
+        raise SubjectError(f"{who} goes by noise levels. {error}") from error

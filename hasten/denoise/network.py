@@ -155,10 +155,11 @@ def unpack(output: Any) -> tuple[Any, Callable[[Any], Any]]:
         return torch.stack(output), lambda new: list(new.unbind(0))
     if isinstance(output, Tensor):
         return output, lambda new: new
-    tensor, pack = unpack(output.sample)
+    name = "sample" if "sample" in output else next(iter(output))  # a prior calls it otherwise
+    tensor, pack = unpack(output[name])
 
     def rebuild(new: Tensor) -> Any:
-        return type(output)(**{**output, "sample": pack(new)})
+        return type(output)(**{**output, name: pack(new)})
 
     return tensor, rebuild
 

@@ -103,6 +103,7 @@ class Run:
         guidance: how the pipeline combines its branches, once that is known.
         activity: counters; "calls" that ran, "skipped" ones, "rows" computed, "steps".
         seconds: time spent in the network.
+        arguments: of the pipeline's call, as the caller gave them.
     """
 
     def __init__(self, pipe: Any, slots: Slots) -> None:
@@ -128,7 +129,7 @@ class Run:
         self._call: Call | None = None
         self.looking = False  # a forward pass is under way that is not the pipeline's
         self._tokens: dict[tuple[int, int, int], range | None] = {}
-        self._arguments: dict[str, Any] = {}  # of the pipeline's call, as the caller gave them
+        self.arguments: dict[str, Any] = {}
 
     # -- what techniques read ----------------------------------------------------------------------
     def state(self, entry: tuple[DenoiseTechnique, Any]) -> Any:
@@ -199,11 +200,11 @@ class Run:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the pipeline's call as the plan wants them."""
         names = list(inspect.signature(self.pipe.__call__).parameters)
-        self._arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         return args[len(names) :], self._ask()
 
     def _ask(self) -> dict[str, Any]:
-        arguments = dict(self._arguments)
+        arguments = dict(self.arguments)
         for technique, _ in self.slots.entries():
             technique.ask(self.states[id(technique)], self, arguments)
         return arguments
@@ -223,7 +224,7 @@ class Run:
         self.guidance, self._shape = None, None
         self._tokens.clear()
         self._begin()
-        if self._arguments:
+        if self.arguments:
             self._ask()  # some techniques note what they are asked with
 
     def _restart(self) -> None:

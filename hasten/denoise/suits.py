@@ -7,6 +7,7 @@ a technique of such a slot would fail inside it, or do nothing without a word.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,9 +30,20 @@ _SOME: dict[str, tuple[tuple[Slot, ...], str]] = {
 }
 
 
+# An argument of pipelines that look into their network's attention at each step.
+_LOOKING = ("sag_scale", "max_iter_to_alter")
+
+
 def check_plan(pipe: Any, plan: Iterable[Technique]) -> None:
     """Raise a SubjectError where the pipeline lacks what a technique of the plan needs."""
+    taken = inspect.signature(type(pipe).__call__).parameters
     for technique in plan:
+        others = [slot.label for slot in technique.terms().slots if slot != Slot.SCHEDULE]
+        if others and set(_LOOKING) & set(taken):
+            raise SubjectError(
+                f"{technique.name} is of the slot {others[0]}, and {type(pipe).__name__} looks into its network's "
+                "attention at each step, so all of it has to run. Use a schedule, such as fewer_steps."
+            )
         for network in networks(pipe):
             _check_slots(technique, network)
         technique.check(pipe)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import hasten
 from hasten.denoise.blocks import blocks
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.guider.adaptive_guidance import AdaptiveGuidance
+from hasten.denoise.guider.fixed_guidance_cut import FixedGuidanceCut
 from hasten.denoise.guider.linear import Way, explained, fit, predict
 from hasten.denoise.levels import level
 from hasten.errors import HastenError, PlanError
@@ -356,3 +357,39 @@ def test_on_a_trained_model_branches_are_linear_in_what_came_before() -> None:
         for word, given in {"fit": parts, "mixed": mixed}.items()
     }
     assert made["fit"].psnr(full) > made["mixed"].psnr(full) + 5
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_guidance_matters_early_and_not_at_random_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The branches come together along the way; as many guided steps by chance are worth far less."""
+    name, count, steps = "scenes-unet", 6, 20
+    cosines: list[Tensor] = []
+    original = AdaptiveGuidance.cosine
+
+    def noted(self: AdaptiveGuidance, *given: Any) -> Tensor:
+        cosines.append(original(self, *given))
+        return cosines[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaptiveGuidance, "cosine", noted)
+        never = "adaptive_guidance(threshold=0.9999999)"
+        full = drawn.draw(name, never, count, num_inference_steps=steps)
+    found = torch.stack(cosines).mean(dim=1)
+    assert 0.6 < float(found[0]) < 0.95 and float(found[-1]) > 0.99
+    assert bool((found.diff() > -0.01).all())
+    ours = drawn.draw(name, "adaptive_guidance", count, num_inference_steps=steps)
+    guided = math.ceil(ours.activity["rows"] / count - steps)
+    luck = torch.Generator().manual_seed(0)
+    chosen = {0, *(torch.randperm(steps - 1, generator=luck)[: guided - 1] + 1).tolist()}
+
+    def by_chance(self: FixedGuidanceCut, state: Any, run: Any, call: Any) -> Tensor:
+        return torch.full((state.samples,), run.index in chosen)
+
+    monkeypatch.setattr(FixedGuidanceCut, "wanted", by_chance)
+    chance = drawn.draw(name, "fixed_guidance_cut", count, num_inference_steps=steps)
+    assert ours.activity["rows"] <= chance.activity["rows"]
+    gain = psnr(ours.array, full.array) - psnr(chance.array, full.array)
+    assert gain.mean() > 2 * gain.std(ddof=1) / count**0.5

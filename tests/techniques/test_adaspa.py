@@ -373,6 +373,46 @@ def test_what_matters_stays_between_steps_more_than_between_prompts(
     half = len(kept[0]) // 2
     first, second = kept[0][:half], kept[0][half:]
     assert overlap(first, second) > overlap(first, kept[1][:half])
+    others = [keys.roll(1, dims=1) for keys in first]  # (batch, heads, ...): each head's neighbour
+    assert overlap(first, second) > overlap(first, others)
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_exact_search_keeps_most_of_the_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More than an estimate from mean queries and keys, that more than chance; and a fixed window."""
+    kept: dict[str, list[Tensor]] = {}
+    least: dict[str, list[Tensor]] = {"adaptive": [], "even": []}
+    luck = torch.Generator().manual_seed(0)
+
+    def noted(technique: Any, state: Any, run: Run, call: Any, cells: Cells, *rest: Any) -> Tensor:
+        parts = Sequences.of(call, cells, rest[0])
+        assert parts is not None
+        found, count = search(parts, cells), technique.keep(cells.count)
+        places = torch.arange(cells.count)
+        near = -(places[:, None] - places).abs().float().expand_as(found.blocks)
+        chance = torch.rand(found.blocks.shape, generator=luck)
+        rankings = {"exact": found.blocks, "pooled": masses.pooled(parts, cells)}
+        for name, ranking in {**rankings, "window": near, "random": chance}.items():
+            some = found.blocks.gather(-1, best_blocks(ranking, count)).sum()
+            share = (some + found.text.sum()) / (found.blocks.sum() + found.text.sum())
+            kept.setdefault(name, []).append(share)
+        heads = call.query.shape[:2]
+        even = recall(found, count, cells)
+        numbers = budgets(even.unflatten(0, heads), count, cells.count).flatten().tolist()
+        each = [recall(found, n, cells)[i] for i, n in enumerate(numbers)]
+        least["even"].append(even.unflatten(0, heads).amin(dim=1).mean())
+        least["adaptive"].append(torch.stack(each).unflatten(0, heads).amin(dim=1).mean())
+        return call.dense()
+
+    monkeypatch.setattr(AdaSpa, "_search", noted)
+    zoo_sample("scenes-video", "adaspa(block=16, sparsity=0.7)", steps=5, count=1)
+    mean = {name: float(torch.stack(shares).mean()) for name, shares in kept.items()}
+    assert mean["exact"] > max(mean["pooled"], mean["window"]), mean
+    assert min(mean["pooled"], mean["window"]) > mean["random"], mean
+    assert torch.stack(least["adaptive"]).mean() > torch.stack(least["even"]).mean()
 
 
 @pytest.mark.zoo

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
+from hasten.denoise.coding import Coder
 from hasten.denoise.engine import DenoiseModel
 from hasten.denoise.run import Run
 from hasten.denoise.state.bottleneck_sampling import BottleneckSampling, stage_grid
 from hasten.denoise.state.sizes import Size, resize
 from hasten.errors import HastenError, PlanError, SubjectError
+from hasten.zoo.scenes.caption import prompts
+from hasten.zoo.scenes.render import render
 from tests import pipelines
 from tests.pipelines import picture, tiny
 from tests.techniques import drawn
@@ -122,6 +125,33 @@ def test_the_middle_runs_on_a_quarter_of_the_values(family: str) -> None:
     assert fast.activity["bottleneck_sampling.switches"] == 2
     again, _, _ = traced(tiny(family), "bottleneck_sampling", family)
     assert torch.equal(made, again)
+
+
+BEGUN = ("sd3_img2img", "flux_img2img", "unet_img2img", "sdxl_img2img")
+
+
+@pytest.mark.parametrize("family", BEGUN)
+def test_a_way_that_begins_with_a_picture_has_all_stages_too(family: str) -> None:
+    """Nine of twelve steps are made; the stages are laid over those, and no noise is above theirs."""
+    plain = picture(tiny(family)(**call(family, num_inference_steps=12)))
+    made, _, fast = traced(tiny(family), PLAIN, family, num_inference_steps=12)
+    assert torch.equal(made, plain) and fast.activity["steps"] == 9
+    made, run, fast = traced(tiny(family), "bottleneck_sampling", family, num_inference_steps=12)
+    assert made.shape == plain.shape and bool(made.isfinite().all())
+    assert run.trace is not None and run.first == 3
+    full = run.trace[0].sample[0].numel()
+    sizes = [step.sample[0].numel() for step in run.trace]
+    assert sizes == [full] + [full // 4] * 6 + [full] * 2
+    noise = [run.level(step).sigma for step in run.trace]
+    assert max(noise) == noise[0]
+
+
+def test_a_way_that_begins_where_it_does_not_say_is_refused() -> None:
+    """SDXL's pipelines may be told to begin at a share of the training steps."""
+    more = {"num_inference_steps": 12, "denoising_start": 0.6}
+    with pytest.raises(HastenError, match="leaves out 9; say with strength alone") as caught:
+        traced(tiny("sdxl_img2img"), "bottleneck_sampling", "sdxl_img2img", **more)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "cogview4", "unet"])
@@ -316,3 +346,44 @@ def test_on_a_trained_model_ablations_look_less_real() -> None:
     full = drawn.draw(name, "", 64, num_inference_steps=28).frechet()
     assert made["fresh"] < made["noisy"] and made["fresh"] < made["none"]
     assert made["fresh"] < 1.5 * full
+
+
+def fine(pictures: Tensor) -> Tensor:
+    """(pictures,) energy above what half of the size can hold."""
+    spectrum = torch.fft.fft2(pictures.double(), norm="ortho").abs().square().mean(dim=1)
+    side = pictures.shape[-1]
+    high = torch.fft.fftfreq(side).abs() >= 0.25
+    return spectrum[:, high[:, None] | high[None]].mean(dim=-1)
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_the_last_stage_draws_what_small_pictures_cannot_hold() -> None:
+    """Pictures of half the size, drawn in as many steps and enlarged, have no fine detail."""
+    name, count, settings = "scenes-dit", 32, {"num_inference_steps": 28}
+    full, ours = (drawn.draw(name, plan, count, **settings) for plan in ("", "bottleneck_sampling"))
+    small = drawn.draw(name, "", count, height=32, width=32, **settings)
+    large = torch.nn.functional.interpolate(small.pictures, scale_factor=2.0, mode="bicubic")
+    small.pictures = large.clamp(0, 1)
+    made = {"full": full, "ours": ours, "enlarged": small}
+    energy = {word: float(fine(one.pictures).mean()) for word, one in made.items()}
+    assert energy["enlarged"] < 0.3 * energy["full"], energy
+    assert energy["ours"] > 0.35 * energy["full"], energy
+    assert ours.frechet() < small.frechet()
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_latents_may_be_resized() -> None:
+    """What is resized and decoded is the resized picture: neither tinted nor blurred by much more."""
+    pipe = drawn.model("scenes-dit")
+    scenes = render([scene for _, scene in prompts(16, 3)], 64)
+    coder = Coder(pipe)
+    latents = torch.cat([coder.encode(coder.pixels(one)) for one in scenes])
+    side = latents.shape[-1] // 2
+    full, small = Size((1, side, side), (2, 2)), Size((1, side // 2, side // 2), (2, 2))
+    found = coder.decode(resize(latents, full, small)).clamp(0, 1)
+    expected = torch.nn.functional.avg_pool2d(scenes, 2)
+    tint = (found.mean(dim=(2, 3)) - expected.mean(dim=(2, 3))).abs().mean()
+    assert float(tint) < 0.03
+    assert float((found - expected).square().mean()) < 0.01

@@ -138,6 +138,8 @@ def test_work_falls_by_the_formula_and_blocks_really_do_not_run() -> None:
     ran = sum(len(seen.of(block.ff)) for block in blocks)
     assert activity["delta_dit.reused"] == 9 * 3 - ran == 6 * 2
     assert DeltaDiT().most(None) == pytest.approx(1.6)  # the paper's, with 21 of 28 blocks
+    few = DeltaDiT(share=6 / 28).most(None)  # and with 6 of them, for four steps
+    assert few == pytest.approx(1.12, abs=0.005)
     assert DeltaDiT(interval=3, share=2 / 3).most(None) == pytest.approx(27 / ran)
 
 
@@ -204,6 +206,21 @@ def test_rows_left_out_by_a_guider_are_left_out_of_what_was_kept() -> None:
     assert torch.isfinite(result).all() and len(seen.of(pipe.transformer)) == 8
     alone, _ = made(pipe, "dit", cut, num_inference_steps=8)
     assert not torch.equal(result, alone)
+
+
+@pytest.mark.parametrize("gate", ["reuse_always(interval=2)", "zeus"])
+def test_full_steps_are_calls_that_run_where_others_are_dropped(gate: str) -> None:
+    """Every second call that runs is a full one, whichever steps a gate leaves to it."""
+    pipe, steps = tiny("dit"), 24
+    first, *_, last = block_list(pipe)
+    with recording([pipe.transformer, first.ff, last.ff]) as seen:
+        _, activity = made(pipe, "dit", gate, "delta_dit(share=0.67)", num_inference_steps=steps)
+    calls = activity["calls"]
+    assert activity["skipped"] == steps - calls > 5
+    # Both ends of the network run at full calls only; at the switch one more may be full.
+    full = len(seen.of(first.ff)) + len(seen.of(last.ff)) - calls
+    assert full in (-(-calls // 2), -(-calls // 2) + 1)
+    assert activity["delta_dit.reused"] == 2 * (calls - full)
 
 
 def test_a_second_network_begins_anew() -> None:
@@ -290,3 +307,43 @@ def test_early_steps_need_their_front() -> None:
         gain = near["staged"] - near[order]
         assert gain.mean() > 2 * gain.std(ddof=1) / count**0.5
     assert abs(near["staged"] - near["rear"]).mean() < 0.5
+
+
+def bands(error: Any) -> tuple[float, float]:
+    """Mean squares of what is left of an error by a blur, and of what the blur takes away."""
+    pictures = torch.from_numpy(error).movedim(-1, 1)
+    low = torch.nn.functional.avg_pool2d(pictures, 8)
+    smooth = torch.nn.functional.interpolate(low, scale_factor=8, mode="nearest")
+    return float(smooth.square().mean()), float((pictures - smooth).square().mean())
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_what_each_end_draws_by_band_and_half_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the blocks is left out in one half of the steps only, and the error split by a blur.
+
+    On this model the early half is where blocks matter, whichever end they are of and in either band;
+    there is no more to the paper's split into outlines and details than that. See also above.
+    """
+    settings = {"num_inference_steps": 20, "guidance_scale": 4.0}
+    original = draw("scenes-dit", "", 12, **settings)
+    error: dict[tuple[str, str], tuple[float, float]] = {}
+    begin = DeltaDiT._begin_call
+    for part, kept in (("early", range(10)), ("late", range(10, 20))):
+
+        def full_elsewhere(
+            self: DeltaDiT, state: Any, run: Any, call: Any, kept: range = kept
+        ) -> None:
+            begin(self, state, run, call)
+            if run.index not in kept:
+                state.full, state.since = True, 1
+                state.ends = (self.end(run.index, run.num_steps),)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DeltaDiT, "_begin_call", full_elsewhere)
+            for end in ("front", "rear"):
+                ours = draw("scenes-dit", f"delta_dit(order={end}, share=0.34)", 12, **settings)
+                error[part, end] = bands(ours.array - original.array)
+    for end in ("front", "rear"):
+        for band in (0, 1):
+            assert error["early", end][band] > error["late", end][band], error

@@ -311,3 +311,19 @@ def test_on_a_trained_model_the_wrong_sign_leads_away_from_many_steps() -> None:
         gain = sign * (near[strength] - near[0.0])
         error = gain.std(ddof=1) / count**0.5
         assert gain.mean() > least * error, (strength, gain.mean(), error)
+    # It is not that pictures get sharper and nothing else: their coarse part does not suffer.
+    coarse = {strength: smooth_error(one, many) for strength, one in made.items()}
+    worse = coarse[0.3] - coarse[0.0]
+    assert worse.mean() < 2 * worse.std(ddof=1) / count**0.5, (worse.mean(), coarse)
+    # Nor does it saturate them as too much guidance does.
+    full = {
+        s: float(((p.pictures < 0.01) | (p.pictures > 0.99)).float().mean())
+        for s, p in made.items()
+    }
+    assert full[0.3] < full[0.0] + 0.05, full
+
+
+def smooth_error(made: drawn.Drawn, other: drawn.Drawn) -> Any:
+    """(pictures,) mean square of the error that is left by a blur."""
+    blurred = torch.nn.functional.avg_pool2d(made.pictures - other.pictures, 8)
+    return blurred.double().square().flatten(1).mean(dim=1).numpy()

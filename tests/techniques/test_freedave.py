@@ -18,6 +18,7 @@ from hasten.masked.run import Run
 from hasten.masked.slots import Guess
 from hasten.plan import Plan
 from hasten.technique import Loss, Slot
+from hasten.zoo.corpus import shipped_held_out
 from tests import models
 from tests.techniques.fillers import MASK, NEVER, filler, prompt, record
 
@@ -208,6 +209,23 @@ def test_without_the_check_it_is_so_many_tokens_a_pass() -> None:
     assert different >= 6
     assert FreeDave(checked=False).loss_class() is Loss.LOSSY
     assert FreeDave().loss_class() is Loss.EXACT
+
+
+@pytest.mark.zoo
+def test_a_third_of_the_passes_writes_the_same_where_blocks_are_seen() -> None:
+    subject = hasten.open_subject("code-dlm-block", dtype="float32")
+    assert subject.tokenizer is not None
+    passes = {"": 0, "freedave(num_draft=8)": 0}
+    for file in sorted(shipped_held_out(), key=lambda file: file.num_bytes)[-4:]:
+        ids = torch.tensor([subject.tokenizer(file.text, verbose=False)["input_ids"][100:196]])
+        texts = []
+        for plan in passes:
+            out, activity = write(subject, plan, {"input_ids": ids}, max_new_tokens=64)
+            passes[plan] += activity["passes"]
+            texts.append(out)
+        assert torch.equal(*texts)
+    assert passes[""] == 4 * 64
+    assert passes["freedave(num_draft=8)"] < passes[""] / 3
 
 
 # ------------------------------------------------------------------------------ the check itself

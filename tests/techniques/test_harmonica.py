@@ -22,11 +22,13 @@ from hasten.denoise.block.router import RouterTraining
 from hasten.denoise.blocks import sublayers
 from hasten.denoise.pipelines import quiet
 from hasten.errors import HastenError, PlanError, SubjectError
+from hasten.measure.image_quality import psnr
 from hasten.preparation import Preparation
 from hasten.subject import open_subject
 from hasten.technique import Parts
 from tests.pipelines import call, picture, tiny
 from tests.techniques.denoising import block_list, db, made, own, recording, zoo, zoo_sample
+from tests.techniques.drawn import draw
 
 STEPS = 5
 BETA = 3.0
@@ -34,11 +36,18 @@ PLAN = f"harmonica(steps={STEPS}, beta={BETA})"
 RUN = {"num_inference_steps": STEPS}
 
 
-def training(pipe: Any, *, updates: int = 60, seed: int = 0, **knobs: Any) -> RouterTraining:
+def training(
+    pipe: Any,
+    *,
+    updates: int = 60,
+    seed: int = 0,
+    kind: type[RouterTraining] = RouterTraining,
+    **knobs: Any,
+) -> RouterTraining:
     """A training on a tiny class-conditional pipeline."""
     settings = {"beta": BETA, "own_samples": True, "weigh": "image", **knobs}
     preparation = Preparation(open_subject(pipe), [], updates, seed, prompts=list(range(20)))
-    return RouterTraining(preparation, STEPS, **settings)
+    return kind(preparation, STEPS, **settings)
 
 
 @cache
@@ -336,6 +345,88 @@ def test_the_learned_table_beats_even_and_random_ones_of_as_many_runs() -> None:
     assert errors["learned"] < 0.9 * min(errors["even"], errors["random"])
 
 
+class Isolated(RouterTraining):
+    """As Learning-to-Cache trains: steps of the full model by themselves, none worth more.
+
+    What is kept of a step is what the full model made there, whatever the table says.
+    """
+
+    def _update(self, run: Any, original: Any) -> Any:
+        reference = super()._update(run, original)
+        if run.index:
+            with torch.no_grad():
+                self._pass(run, "fill", original)
+        return reference
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "samples of the full model": {"own_samples": False},
+    "all steps weigh alike": {"weigh": "one"},
+    "weights of other steps": {"weigh": "shuffled"},
+    "steps by themselves": {"own_samples": False, "weigh": "one", "kind": Isolated},
+}
+
+
+def fewest_reused(logits: Tensor, count: int) -> Tensor:
+    """(steps, columns) bool: the first step and the `count` layers of others that ask most to run."""
+    runs = torch.zeros(logits[1:].numel(), dtype=torch.bool)
+    runs[logits[1:].flatten().argsort(descending=True, stable=True)[:count]] = True
+    return torch.cat([torch.ones_like(logits[:1], dtype=torch.bool), runs.view_as(logits[1:])])
+
+
+@cache
+def ablated(name: str, seed: int) -> Parts:
+    """A table that is trained with one thing changed, or with none."""
+    knobs = dict(ABLATIONS.get(name, {}))
+    kind = knobs.pop("kind", RouterTraining)
+    return training(tiny("dit"), seed=seed, kind=kind, **knobs).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_each_part_of_the_training_pays(name: str) -> None:
+    """The final sample's error, by tables of as many runs, is higher without it.
+
+    Whose samples training goes on with makes no difference that three tables would show: a few steps
+    of a random network lead to much the same ones.
+    """
+    pipe, ratios = tiny("dit"), []
+    for seed in range(3):
+        learned = ablated("", seed)["logits"]
+        count = int((learned[1:].sigmoid() > THRESHOLD).sum())
+        errors = []
+        for logits in (learned, ablated(name, seed)["logits"]):
+            parts, error = fixed(fewest_reused(logits, count)), 0.0
+            for noise in range(3):
+                more = {**RUN, "class_labels": [30 + noise, 40 + noise], "seed": noise}
+                original = picture(pipe(**call("dit", **more)))
+                result, _ = made(pipe, "dit", PLAN, parts=parts, **more)
+                error += float((result - original).square().mean())
+            errors.append(error)
+        ratios.append(errors[1] / errors[0])
+    least = 0.85 if name == "samples of the full model" else 1.15
+    assert float(torch.tensor(ratios).log().mean().exp()) > least, ratios
+
+
+def test_weights_are_measured_anew_while_the_table_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """First with everything reused, then with what the table says so far."""
+    tables: list[list[list[bool]]] = []
+    measure = RouterTraining._measure_weights
+
+    def noted(self: RouterTraining, table: list[list[bool]]) -> Tensor:
+        tables.append([list(row) for row in table])
+        return measure(self, table)
+
+    monkeypatch.setattr(RouterTraining, "_measure_weights", noted)
+    monkeypatch.setattr(router, "REFRESH", 8)
+    training(tiny("dit"), updates=20).train()
+    assert len(tables) == 3  # at 0, 8 and 16 of 20 updates
+    assert not any(any(row) for row in tables[0])
+    assert all(any(any(row) for row in table) for table in tables[1:])
+
+
 def test_training_leaves_the_pipeline_as_it_was() -> None:
     pipe = tiny("dit")
     pipe.transformer.requires_grad_(True)
@@ -420,6 +511,48 @@ def test_what_cannot_be_prepared() -> None:
 
 
 # --------------------------------------------------------------------------------------- the zoo
+@cache
+def trained_on_scenes(plan: str, updates: int = 180) -> Parts:
+    """A table of a trained model; the same each time, so leave it alone."""
+    return hasten.prepare(zoo("scenes-dit"), plan, steps=updates, write=False)["harmonica"]
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+@pytest.mark.parametrize("knobs", ["trajectory=full", "weigh=one", "weigh=shuffled"])
+def test_on_a_trained_model_no_ablation_beats_the_training(knobs: str) -> None:
+    """With tables of as many runs, by more than two standard errors of the paired difference.
+
+    That each loses is held to a random network above. Here ten steps of a nearly straight flow go
+    through much the same samples, whoever makes them, and their errors add up much alike.
+    """
+    learned = trained_on_scenes("harmonica(steps=10)")["logits"]
+    count, settings = int((learned[1:].sigmoid() > THRESHOLD).sum()), {"num_inference_steps": 10}
+    original, near = draw("scenes-dit", "", 24, **settings), []
+    for plan in ("harmonica(steps=10)", f"harmonica(steps=10, {knobs})"):
+        parts = trained_on_scenes(plan)
+        table = fewest_reused(parts["logits"], count)
+        chosen = parts | {"logits": torch.where(table, 5.0, -5.0)}
+        ours = draw(
+            "scenes-dit", "harmonica(steps=10)", 24, parts={"harmonica": chosen}, **settings
+        )
+        near.append(psnr(ours.array, original.array))
+    gain = near[0] - near[1]
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    assert gain.mean() > -2 * error, (gain.mean(), error)
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_a_higher_price_reuses_more_and_steps_differ() -> None:
+    shares = []
+    for beta in (0.3, 3.0, 30.0):
+        runs = trained_on_scenes(f"harmonica(steps=10, beta={beta})")["logits"][1:] > 0
+        shares.append(float((~runs).float().mean()))
+        assert beta == 30.0 or len({tuple(row) for row in runs.tolist()}) > 1
+    assert shares[0] < shares[1] < shares[2]
+
+
 @pytest.mark.zoo
 @pytest.mark.thorough
 def test_on_a_trained_model_the_learned_table_beats_others_of_as_many_runs() -> None:

@@ -367,6 +367,15 @@ def test_solvers_of_several_steps_begin_anew_where_tokens_join() -> None:
     assert bool(made.isfinite().all())
 
 
+def test_a_sample_of_very_few_tokens_keeps_two_of_them() -> None:
+    """Blocks of Allegro take an axis of one token away."""
+    made, run, _ = traced(tiny("allegro"), "just_in_time", "allegro")
+    state = run.state(run.slots.state)
+    assert bool(made.isfinite().all()) and state.active.tolist() == [True, True]
+    lattice = JustInTime().lattice((1, 8, 8), 2)
+    assert int(lattice.sum()) == 2
+
+
 def test_what_it_cannot_run_on_is_refused() -> None:
     with pytest.raises(SubjectError, match="has none"):
         hasten.apply(tiny("unet"), "just_in_time")
@@ -379,6 +388,8 @@ def test_what_it_cannot_run_on_is_refused() -> None:
         pytest.raises(SubjectError, match="no flow"),
     ):
         fast(**call("pixart"))
+    with pytest.raises(SubjectError, match="begin anew where tokens join, which PNDMScheduler"):
+        hasten.apply(tiny("dit", scheduler="PNDMScheduler"), "just_in_time")
     # Too few steps for a coarse stage: nothing is left out, and nothing says otherwise.
     plain = picture(tiny("sd3")(**call("sd3", num_inference_steps=1)))
     made, _, fast = traced(tiny("sd3"), "just_in_time", "sd3", num_inference_steps=1)
@@ -434,3 +445,22 @@ def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.Mon
     wrong = drawn.draw(name, "just_in_time", count, num_inference_steps=20)
     gain = psnr(ours.array, full.array) - psnr(wrong.array, full.array)
     assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_filled_in_velocities_beat_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that do not run stay where they are, then, until they join."""
+    name, count, settings = "scenes-dit", 8, {"num_inference_steps": 20}
+    full = drawn.draw(name, "", count, **settings)
+    ours = drawn.draw(name, "just_in_time", count, **settings)
+
+    def zero(tokens: Tensor, kept: Tensor, nearest: Tensor, share: float) -> Tensor:
+        known = torch.zeros(len(nearest), dtype=torch.bool)
+        known[kept] = True
+        return torch.where(known.reshape(1, *tokens.shape[1:4], 1), tokens, 0.0)
+
+    monkeypatch.setattr("hasten.denoise.state.just_in_time.lift", zero)
+    still = drawn.draw(name, "just_in_time", count, **settings)
+    gain = psnr(ours.array, full.array) - psnr(still.array, full.array)
+    assert gain.mean() > 2 * gain.std(ddof=1) / count**0.5

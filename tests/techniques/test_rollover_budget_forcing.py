@@ -14,9 +14,10 @@ from torch import Tensor
 import hasten
 from hasten.denoise.run import Run
 from hasten.denoise.state.interpolants import Place, linear, variance_preserving
-from hasten.denoise.state.rewards import colourfulness, contrast
+from hasten.denoise.state.rewards import REWARDS, colourfulness, contrast
 from hasten.denoise.state.rollover_budget_forcing import RolloverBudgetForcing
 from hasten.errors import HastenError, PlanError, SubjectError
+from hasten.zoo.scenes.caption import prompts
 from tests import pipelines
 from tests.pipelines import picture, tiny
 from tests.techniques import drawn
@@ -336,3 +337,24 @@ def test_on_a_trained_model_the_search_finds_what_the_prompt_asks_for() -> None:
     assert found.attributes() > one.attributes()
     pictures = found.pictures.flatten(1)
     assert float(torch.pdist(pictures).min()) > 1.0  # no two are the same
+
+
+@pytest.mark.zoo
+@pytest.mark.thorough
+def test_on_a_trained_model_more_evaluations_and_handing_them_on_raise_the_reward() -> None:
+    """What is left of a quota is worth no less where it is handed on than in a fixed number a step."""
+    name, count = "scenes-dit", 16
+    drawn.model(name)
+    knobs = "chains=1, draws=8, steps=6, walk=0, reward=caption"
+    best: dict[str, Tensor] = {}
+    for word, more in {
+        "little": "budget=24",
+        "much": "budget=96",
+        "fixed": "budget=96, rollover=false",
+    }.items():
+        found = drawn.draw(name, f"rollover_budget_forcing({knobs}, {more})", count)
+        captions = [words for words, _ in prompts(count, drawn.SEED)]
+        best[word] = torch.as_tensor(REWARDS["caption"](found.pictures, captions)).double()
+    for better, worse, least in (("much", "little", 2), ("much", "fixed", -2)):
+        gain = best[better] - best[worse]
+        assert gain.mean() > least * gain.std() / count**0.5, (better, worse, gain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 import hasten
 from hasten.denoise.blocks import BlockCall
 from hasten.denoise.gate.sada import AHEAD
-from hasten.denoise.gate.token_choice import TokenCache, shorten
+from hasten.denoise.gate.token_choice import TokenCache, _one_of_each_cell, shorten
+from hasten.denoise.run import Run
 from hasten.errors import PlanError, SubjectError
 from hasten.plan import Plan
 from tests import pipelines
@@ -33,10 +35,19 @@ def lagrange(nodes: list[tuple[int, Tensor]], place: int) -> Tensor:
     return total
 
 
-def noise_reference(rule: Any, scheduler: Any, x: Tensor, most: int, late: int, whole: bool) -> Any:
+def noise_reference(
+    rule: Any,
+    scheduler: Any,
+    x: Tensor,
+    most: int,
+    late: int,
+    whole: bool,
+    velocity: bool = False,
+) -> Any:
     """Steps 1 to 6 of the sheet for a noise model: the last sample, and which steps ran.
 
     The sheet's slopes are for one training timestep; `whole` follows them for the sampler's step.
+    With `velocity` the rule gives v, which is kept at skipped steps in the place of the noise.
     """
     scheduler.set_timesteps(50)
     times, shares = scheduler.timesteps, scheduler.alphas_cumprod
@@ -49,18 +60,19 @@ def noise_reference(rule: Any, scheduler: Any, x: Tensor, most: int, late: int, 
         a, s = share**0.5, (1 - share) ** 0.5
         if not skip:
             eps = rule(x, float(t))
-            clean = (x - s * eps) / a
-        elif in_late:
+        if skip and in_late:
             clean = lagrange(nodes, i)
         else:
-            clean = (x_hat - s * eps) / a
+            state = x_hat if skip else x
+            clean = a * state - s * eps if velocity else (state - s * eps) / a
         ran.append(not skip)
         if i % 4 == 1:
             nodes = [*nodes, (i, clean)][-4:]
         b, n = float(scheduler.betas[int(t)]), 50
-        f = -0.5 * b * n * x + 0.5 * b * n / s * eps
+        f = 0.5 * b * n / s * a * eps if velocity else -0.5 * b * n * x + 0.5 * b * n / s * eps
         slopes = [*slopes, f][-3:]
-        x_next = scheduler.step((x - a * clean) / s, t, x, return_dict=False)[0]
+        given = (a * x - clean) / s if velocity else (x - a * clean) / s
+        x_next = scheduler.step(given, t, x, return_dict=False)[0]
         skip = False
         if 10 <= i < 47:
             f0, f1, f2 = reversed(slopes)
@@ -91,6 +103,24 @@ def test_every_step_of_a_noise_model_is_the_sheets(
         assert noted.ran == ran
         assert torch.allclose(noted.sample, expected, atol=2e-3)
         assert noted.longest <= most and noted.calls < 50
+
+
+def test_every_step_of_a_model_of_v_is_the_sheets() -> None:
+    noise, table = mixture(kind=ddim()), ddim().alphas_cumprod
+
+    def said(x: Tensor, t: float) -> Tensor:
+        a, s = float(table[int(t)]) ** 0.5, (1 - float(table[int(t)])) ** 0.5
+        eps = noise(x, t)
+        return a * eps - s * (x - s * eps) / a
+
+    for seed in range(2):
+        scheduler = dpm(prediction_type="v_prediction")
+        noted = record(toy(said, scheduler), "sada", seed=seed, num_inference_steps=50)
+        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        other = dpm(prediction_type="v_prediction")
+        expected, ran = noise_reference(said, other, start, 4, 24, True, velocity=True)
+        assert noted.ran == ran and noted.calls < 40
+        assert torch.allclose(noted.sample, expected, atol=2e-3)
 
 
 def flow_reference(rule: Any, scheduler: Any, x: Tensor, most: int, late: int) -> Any:
@@ -231,7 +261,16 @@ def test_the_foretold_state_makes_a_better_clean_sample_than_the_solvers() -> No
 
 
 def test_euler_runs_in_its_own_parametrisation() -> None:
-    """Its samples are scaled; the same model by DDIM and by Euler skips much the same steps."""
+    """Its samples are scaled: the same model by DDIM and by Euler skips the very same steps."""
+    rule = mixture(kind=ddim())
+    for seed in range(4):
+        euler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing")
+        ours, theirs = (
+            record(toy(rule, scheduler), "sada", seed=seed, num_inference_steps=50)
+            for scheduler in (euler, ddim())
+        )
+        assert ours.ran == theirs.ran and ours.calls < 30
+        assert torch.allclose(ours.sample, theirs.sample, atol=1e-3)
     pipe = pipelines.tiny("sdxl")
     call = {"num_inference_steps": 14}
     with hasten.apply(pipe, "sada") as fast:
@@ -242,11 +281,29 @@ def test_euler_runs_in_its_own_parametrisation() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"]
+    "scheduler",
+    [
+        "DDPMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "LCMScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+    ],
 )
 def test_samplers_that_add_noise_are_refused(scheduler: str) -> None:
     with pytest.raises(SubjectError, match="adds noise"):
         hasten.apply(pipelines.tiny("unet", scheduler=scheduler), "sada")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [flow(stochastic_sampling=True), dpm(algorithm_type="sde-dpmsolver++")],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_settings_that_add_noise_are_refused(scheduler: Any) -> None:
+    with pytest.raises(SubjectError, match="adds noise"):
+        hasten.apply(toy(lambda x, t: x, scheduler), "sada")
 
 
 # ----------------------------------------------------------------------------------------- tokens
@@ -304,6 +361,67 @@ def test_all_tokens_kept_is_the_block_itself(family: str, monkeypatch: pytest.Mo
     with hasten.apply(pipe, plan) as fast:
         made = pipelines.picture(fast(**call))
     assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("grid", [(1, 9, 9), (1, 8, 8), (2, 4, 7), (1, 1, 1)])
+def test_chance_keeps_one_token_of_each_cell_of_three_by_three(grid: tuple[int, int, int]) -> None:
+    frames, height, width = grid
+    drawn = [
+        _one_of_each_cell(grid, frames * height * width, torch.Generator().manual_seed(seed))
+        for seed in range(2)
+    ]
+    for chosen in drawn:
+        kept = chosen.reshape(grid).nonzero()
+        cells = {(int(f), int(y) // 3, int(x) // 3) for f, y, x in kept}
+        assert len(cells) == len(kept) == frames * -(-height // 3) * -(-width // 3)
+    assert torch.equal(*drawn) == (grid == (1, 1, 1))  # other ones each time
+
+
+def test_tokens_with_the_highest_score_are_computed_and_none_below_zero() -> None:
+    pipe = pipelines.tiny("dit")
+    seen: list[tuple[Tensor, Tensor]] = []
+    kept_of = TokenCache._kept
+
+    def noted(self: TokenCache, run: Run, tokens: int) -> Tensor | None:
+        kept = kept_of(self, run, tokens)
+        assert self.score is not None and kept is not None
+        seen.append((self.score.mean(dim=1)[0], kept))
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenCache, "_kept", noted)
+        with hasten.apply(pipe, "sada(max_skips=3, late=1, criterion=random, tokens=0.3)") as fast:
+            fast(**pipelines.call("dit", num_inference_steps=30))
+    assert len(seen) > 3
+    for score, kept in seen:  # patches of two by two
+        tokens = torch.nn.functional.avg_pool2d(score[None], 2).flatten()
+        order = tokens.argsort(descending=True)[: round(0.3 * len(tokens))]
+        asked = {int(i) for i in order if tokens[i] >= 0}
+        assert asked <= set(kept.tolist())
+        assert len(kept) <= len(asked) + 4  # and one of each of four cells
+
+
+def test_blocks_are_made_anew_after_so_many_steps() -> None:
+    """Counted from the start of the range, or from the last skip."""
+    cache = TokenCache("x", 4, 0.3)
+    cache.score = torch.ones(1, 4, 8, 8)
+    whole = []
+    for index in range(10, 24):
+        if index == 17:
+            cache.skipped(index)
+            cache.score = torch.ones(1, 4, 8, 8)
+            continue
+        run: Any = type("FakeRun", (), {"index": index})()
+        cache.begin_step(run, range(10, 22))
+        assert cache.records == (index < 22)
+        if cache.records and not cache.prunes:
+            whole.append(index)
+    assert whole == [10, 14, 18]
+    cache.begin_step(type("FakeRun", (), {"index": 19})(), range(10, 22))  # type: ignore[arg-type]
+    assert cache.prunes
+    cache.score = None  # no step was judged yet: nothing says which tokens
+    cache.begin_step(type("FakeRun", (), {"index": 19})(), range(10, 22))  # type: ignore[arg-type]
+    assert not cache.prunes
 
 
 @pytest.mark.parametrize("family", ["dit", "auraflow", "cogview4"])

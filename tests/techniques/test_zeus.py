@@ -188,6 +188,55 @@ def test_late_steps_follow_the_polynomial_of_the_clean_sample(scheduler: Any) ->
         assert exact.ran or exact.index < 25 or not torch.allclose(bent.output, step.output)
 
 
+def noise_reference(rule: Any, scheduler: Any, x: Tensor, interval: int) -> Any:
+    """Steps 1 to 7 of the sheet for a noise model: the last sample, which steps ran, and the nodes."""
+    scheduler.set_timesteps(50)
+    shares = scheduler.alphas_cumprod
+    fresh: list[Tensor] = []
+    nodes: list[tuple[int, Tensor]] = []
+    drop, skips, ran, line = False, 0, [], x
+    for i, t in enumerate(scheduler.timesteps):
+        a, s = float(shares[int(t)]) ** 0.5, (1 - float(shares[int(t)])) ** 0.5
+        late = i - 1 >= 24  # the step before has decided
+        ran.append(not drop)
+        if not drop:
+            skips, fresh = 0, [rule(x, float(t)), *fresh[:1]]
+            output = fresh[0]
+        elif late:
+            clean = torch.zeros_like(x)
+            for here, value in nodes:
+                weight = 1.0
+                for other, _ in nodes:
+                    weight *= (i - other) / (here - other) if other != here else 1.0
+                clean += weight * value
+            output = (x - a * clean) / s
+        else:
+            line = 2 * fresh[0] - fresh[1] if skips == 1 else line
+            output = line if skips % 2 else fresh[0]
+        if i % interval == 1:
+            nodes = [*nodes, (i, (x - s * output) / a)][-4:]
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+        wanted = i % interval != 0 if i >= 24 else i % 3 in (0, 1)
+        drop = wanted and 10 <= i < 45 and skips < 6
+        skips = skips + 1 if drop else skips
+        skips = skips if drop else 0
+    return x, ran, [place for place, _ in nodes]
+
+
+@pytest.mark.parametrize("scheduler", [ddim, dpm])
+@pytest.mark.parametrize("interval", [6, 4])
+def test_every_step_of_a_noise_model_is_the_sheets(scheduler: Any, interval: int) -> None:
+    rule = mixture(kind=ddim())
+    for seed in range(2):
+        plan = f"zeus(late_interval={interval})"
+        noted = record(toy(rule, scheduler()), plan, seed=seed, num_inference_steps=50)
+        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        expected, ran, nodes = noise_reference(rule, scheduler(), start, interval)
+        assert noted.ran == ran
+        assert [place for place, _ in noted.states[0].nodes.kept] == nodes
+        assert torch.allclose(noted.sample, expected, atol=1e-3)
+
+
 def test_flow_models_keep_the_line_late() -> None:
     noted = record(toy(noisy, flow()), "zeus", num_inference_steps=50)
     assert "zeus.interpolated" not in noted.run.activity

@@ -54,7 +54,18 @@ from hasten.technique import (
 AHEAD = (0.625, 0.75, -0.375)
 """Weights of the newest slope and the two before it in the state that they foretell."""
 
-_NOISY = ("DDPM", "EulerAncestral", "KDPM2Ancestral", "DPMSolverSDE", "LCM", "TCD")
+_NOISY = (
+    "DDPM",
+    "EulerAncestral",
+    "KDPM2Ancestral",
+    "DPMSolverSDE",
+    "LCM",
+    "TCD",
+    "SASolver",
+    "UnCLIP",
+    "FlowMatchLCM",
+    "LTXEulerAncestral",
+)
 
 
 @dataclass(kw_only=True)
@@ -164,8 +175,9 @@ class Sada(LateGate, Block):
     def check(self, pipe: Any) -> None:
         """See `DenoiseTechnique.check`."""
         scheduler = pipe.scheduler
-        name = type(scheduler).__name__
-        if name.startswith(_NOISY) or str(scheduler.config.get("algorithm_type")).startswith("sde"):
+        name, config = type(scheduler).__name__, scheduler.config
+        noisy = str(config.get("algorithm_type")).startswith("sde")
+        if name.startswith(_NOISY) or noisy or config.get("stochastic_sampling"):
             raise SubjectError(
                 f"sada needs a sampler that follows a differential equation, and {name} adds noise on "
                 "the way; use DDIM, DPM-Solver++, UniPC, Euler or a flow-matching scheduler."

@@ -6,8 +6,9 @@ odd skips of a run use `2 * newest - before` of the last two outputs that the ne
 ones the newest itself, so that nothing is predicted from a prediction. As in the code the difference
 is not divided by the steps that lie between the two outputs (`by_gap` does). From `late` on one call
 of `late_interval` runs, and solvers that go by the clean sample get it from a polynomial through
-clean samples of steps before; flow models keep the straight line. Ours: the ranges are shares of
-the steps, where the code has numbers for 50; and a scheduler whose noise levels are not known keeps
+clean samples of steps before; flow models keep the straight line. Up to
+six steps are skipped in a row, as in its demos and published counts (its own default is four). Ours:
+the ranges are shares of the steps, where the code has numbers for 50; and a scheduler whose noise levels are not known keeps
 the straight line too.
 """
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hasten.denoise.guidance import like
 from hasten.denoise.guider.linear import Way, fit_pipeline, predict
+from hasten.denoise.levels import check_levels
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider
@@ -134,6 +135,11 @@ class AdaptiveGuidance(Guider):
         if not self.linear:
             return self.contract
         return replace(self.contract, needs=self.contract.needs | {Resource.EVERY_CALL})
+
+    def check(self, pipe: Any) -> None:
+        """See `DenoiseTechnique.check`."""
+        if self.compare_as != "output":
+            check_levels(pipe.scheduler, f"{self.name}(compare_as={self.compare_as})")
 
     def prepare(self, preparation: Any) -> Parts:
         """Fit LinearAG's coefficients: "conditional", "unconditional", (steps, steps); "explained"."""

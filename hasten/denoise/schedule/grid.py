@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hasten.denoise.call_settings import steps_left_out
 from hasten.denoise.levels import is_flow
 from hasten.errors import SubjectError
 
@@ -116,19 +117,22 @@ def set_grid(run: Run, wanted: Sequence[float], *, sigmas: Sequence[float] | Non
     scheduler.timesteps = values.to(old.device, old.dtype)
     scheduler.num_inference_steps = len(values)
     if hasattr(scheduler, "_begin_index"):
-        scheduler._begin_index, scheduler._step_index = 0, None
+        # Few pipelines that begin with a picture tell the scheduler where.
+        first = steps_left_out(run.pipe, len(values), run.arguments)
+        scheduler._begin_index, scheduler._step_index = first, None
     forget(scheduler)
 
 
 def check_grid(scheduler: Any, who: str = "") -> None:
     """Raise a SubjectError, which names a technique, for a scheduler whose coefficients cannot follow other timesteps."""
     name = type(scheduler).__name__
-    known = (
-        torch.is_tensor(getattr(scheduler, "sigmas", None))
-        or hasattr(scheduler, "custom_timesteps")
-        or name.startswith(_FIXED_LENGTH)
-    )
-    if not known or name.startswith(_OTHER_TIMES) or getattr(scheduler, "order", 1) != 1:
+    if torch.is_tensor(getattr(scheduler, "sigmas", None)):
+        # New levels are written by the flow's own formula, or from the table of training.
+        known = is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")
+    else:
+        known = hasattr(scheduler, "custom_timesteps") or name.startswith(_FIXED_LENGTH)
+    other = name.startswith(_OTHER_TIMES) or "Inverse" in name  # from data to noise
+    if not known or other or getattr(scheduler, "order", 1) != 1:
         raise SubjectError(
             f"{who}{': ' if who else ''}{name} cannot be given other timesteps; use DDIM, DDPM, Euler, DPM-Solver++ (multistep), "
             "UniPC or a flow-matching Euler scheduler."

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from hasten.denoise.call_settings import steps_left_out
 from hasten.denoise.guidance import like
 from hasten.denoise.levels import is_flow
 from hasten.denoise.network import Call
@@ -34,7 +35,15 @@ from hasten.denoise.schedule.grid import (
     training_steps,
 )
 from hasten.denoise.slots import Schedule, State
-from hasten.denoise.state.sizes import Size, check_sizes, fit, fresh, resize, size_of
+from hasten.denoise.state.sizes import (
+    Size,
+    check_sizes,
+    check_whole,
+    fit,
+    fresh,
+    resize,
+    size_of,
+)
 from hasten.errors import HastenError
 from hasten.technique import (
     Card,
@@ -59,11 +68,13 @@ class Progress:
         starts: the step at which each stage begins.
         generator: what the pipeline draws its noise with.
         sizes: full and small size, known from the first network call on.
+        first: how many timesteps the call leaves out at the start, since it begins with a picture.
     """
 
     starts: list[int] = field(default_factory=list)
     generator: Any = None
     sizes: tuple[Size, Size] | None = None
+    first: int = 0
 
     def stage(self, index: int) -> int:
         """Which stage a step belongs to."""
@@ -163,8 +174,12 @@ class BottleneckSampling(State, Schedule):
 
     # -- the grid ----------------------------------------------------------------------------------
     def plan(self, state: Progress, run: Run) -> None:
-        """Give the scheduler the grids of all stages, one after the other."""
-        steps = run.num_steps
+        """Give the scheduler the grids of all stages, one after the other.
+
+        A pipeline that begins with a picture leaves the first timesteps out; those stay as they are.
+        """
+        state.first = steps_left_out(run.pipe, run.num_steps, run.arguments)
+        steps = run.num_steps - state.first
         if steps < 3:
             raise HastenError(
                 f"{self.name} needs at least 3 steps, one for each stage; this call has {steps}."
@@ -179,7 +194,8 @@ class BottleneckSampling(State, Schedule):
         flow = is_flow(run.scheduler)
         own = [float(s) for s in run.scheduler.sigmas[:-1]] if flow else times(run.scheduler)
         curve = np.array([*own, 0.0]) / (1.0 if flow else training_steps(run.scheduler))
-        levels = self.levels(curve, state.starts)
+        walked = self.levels(curve[state.first :], state.starts)
+        levels = np.concatenate([curve[: state.first], walked])
         if np.array_equal(levels, curve[:-1]):
             return
         if flow:
@@ -198,7 +214,8 @@ class BottleneckSampling(State, Schedule):
         """
         steps = len(curve) - 1
         shifts = (self.shift_first, self.shift_small, self.shift_last)
-        wanted = (curve[0], self.enter_small, self.enter_full)
+        # Never more noise than the way begins with: a picture would lose more than was asked for.
+        wanted = (curve[0], min(self.enter_small, curve[0]), min(self.enter_full, curve[0]))
         if self.switch == "noisy":  # goes on at the level that was reached
             wanted = (curve[0], 0.0, 0.0)
         level, found = curve[0], []
@@ -229,6 +246,13 @@ class BottleneckSampling(State, Schedule):
 
     def advance(self, state: Progress, run: Run, step: Step, solve: Any) -> Tensor:
         """Switch to the next stage after the last step of one."""
+        if run.first != state.first:
+            raise HastenError(
+                f"{self.name} laid its stages over all but {state.first} of the timesteps, and {type(run.pipe).__name__} "
+                f"leaves out {run.first}; say with strength alone where the way begins."
+            )
+        if run.index == 0 and run.calls:
+            check_whole(self.name, run.pipe, run.call, step.sample)
         solved: Tensor = solve()  # also where it is of no use: the scheduler counts its steps
         if run.is_last or state.stage(step.index) == state.stage(step.index + 1):
             return solved

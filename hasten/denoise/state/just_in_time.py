@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hasten.denoise.blocks import BlockCall
 from hasten.denoise.guidance import like
+from hasten.denoise.levels import check_levels
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.schedule.grid import forget, set_grid, time_of
@@ -148,6 +149,18 @@ class JustInTime(State, Schedule):
     def check(self, pipe: Any) -> None:
         """See `DenoiseTechnique.check`."""
         check_tokens(self.name, pipe)
+        check_levels(pipe.scheduler, self.name)
+        if getattr(pipe, "controlnet", None) is not None:
+            raise SubjectError(
+                f"{self.name} leaves tokens out, and the control network of {type(pipe).__name__} adds to all of them; "
+                "use its pipeline without control."
+            )
+        name = type(pipe.scheduler).__name__
+        if name.startswith("PNDM"):
+            raise SubjectError(
+                f"{self.name} makes the solver begin anew where tokens join, which {name} cannot; use DDIM, "
+                "DPM-Solver++, UniPC, Euler or a flow-matching scheduler."
+            )
 
     def begin(self, run: Run, bound: Any) -> Progress:
         """See `DenoiseTechnique.begin`."""
@@ -212,7 +225,8 @@ class JustInTime(State, Schedule):
             )
         state.view = View(grid, has_frames_first(state.x, run.call.module))
         count = state.view.count
-        wanted = max(1, int(self.share(run.index, run.num_steps) * count))
+        # Two at least, for some blocks take an axis of one token away.
+        wanted = max(min(2, count), int(self.share(run.index, run.num_steps) * count))
         self._activate(state, self.lattice(grid, wanted))
 
     def receive(self, state: Progress, run: Run, call: Call, output: Tensor) -> Tensor:
@@ -240,6 +254,11 @@ class JustInTime(State, Schedule):
         if state.subset is None or run.is_last:
             return result
         assert state.view is not None and state.active is not None
+        if not state.view.fits(step.sample):
+            raise SubjectError(
+                f"{type(run.pipe).__name__} gives its network {state.view.count} tokens and its scheduler "
+                f"{tuple(step.sample.shape)}, and {self.name} takes pipelines where both are one sample."
+            )
         wanted = int(self.share(run.index + 1, run.num_steps) * state.view.count)
         more = wanted - int(state.active.sum())
         if more <= 0:

@@ -34,7 +34,7 @@ from hasten.denoise.state.interpolants import PATHS
 from hasten.denoise.state.rewards import REWARDS
 from hasten.denoise.state.search import Rule, Search
 from hasten.denoise.state.searches import Progress
-from hasten.denoise.state.sizes import size_of
+from hasten.denoise.state.sizes import check_alone, size_of
 from hasten.denoise.state.times import EndlessLoop
 from hasten.errors import HastenError, PlanError, SubjectError
 from hasten.technique import (
@@ -131,6 +131,7 @@ class RolloverBudgetForcing(State):
                 f"{self.name} begins with noise and one network, and {kind} does not; use its text-to-image pipeline."
             )
         Coder(pipe).check(self.name)
+        check_alone(self.name, pipe)
 
     # -- a call begins -----------------------------------------------------------------------------
     def begin(self, run: Run, bound: Any) -> Progress:
@@ -206,7 +207,8 @@ class RolloverBudgetForcing(State):
         count = len(state.prompts)
         if call.rows not in (count, 2 * count):
             raise HastenError(
-                f"{self.name} was given {count} prompts and the network {call.rows} rows; give prompts, not embeddings alone."
+                f"{self.name} was given {count} prompts and the network {call.rows} rows, where it takes one or two for "
+                "each; give prompts, not embeddings alone, and guide by no third branch."
             )
         shares, quota = self._shares()
         noise = call.x[:count].float()

@@ -182,15 +182,26 @@ def _fewer(mask: Tensor, text: int, count: int, now: int) -> Tensor:
     return mask[:, :keep] if bool(mask[:, text:].bool().all()) else mask[:, -keep:]
 
 
+# Arguments of calls in whose loop something else has the sample's size: pictures, what becomes of
+# parts of a panorama, what an edit adds.
+_OF_ITS_SIZE = ("mask_image", "control_image", "view_batch_size", "editing_prompt")
+
+
 def check_sizes(technique: str, pipe: Any) -> None:
     """Raise a SubjectError for a pipeline in whose loop something else has the sample's size."""
     kind = type(pipe).__name__
     taken = inspect.signature(type(pipe).__call__).parameters
-    if "mask_image" in taken or "control_image" in taken or getattr(pipe, "controlnet", None):
+    if set(_OF_ITS_SIZE) & set(taken) or getattr(pipe, "controlnet", None):
         raise SubjectError(
             f"{kind} puts pictures of the sample's size into its loop, so {technique}, which changes that size on "
             "the way, cannot run on it."
         )
+    check_alone(technique, pipe)
+
+
+def check_alone(technique: str, pipe: Any) -> None:
+    """Raise a SubjectError for a pipeline whose network is given pictures beside the sample."""
+    kind = type(pipe).__name__
     for module in networks(pipe):
         config: Any = module.config
         inputs, outputs = config.get("in_channels"), config.get("out_channels")
@@ -199,8 +210,20 @@ def check_sizes(technique: str, pipe: Any) -> None:
         if isinstance(inputs, int) and isinstance(outputs, int) and inputs > outputs:
             raise SubjectError(
                 f"{type(module).__name__} of {kind} reads {inputs} channels and puts out {outputs}: it is given "
-                f"pictures beside the sample, so {technique}, which changes the size on the way, cannot run."
+                f"pictures beside the sample, so {technique}, which puts another sample in its place, cannot run."
             )
+
+
+def check_whole(technique: str, pipe: Any, call: Call, sample: Tensor) -> None:
+    """Raise a SubjectError where the scheduler moves something else than what the network is given.
+
+    Some clips that begin with a given picture keep its frame; some have frames for rows in one of both.
+    """
+    if sample[0].numel() != call.x[0].numel():
+        raise SubjectError(
+            f"{type(pipe).__name__} gives its network {tuple(call.x.shape)} and its scheduler {tuple(sample.shape)}, "
+            f"and {technique} takes pipelines where both are one sample."
+        )
 
 
 def fresh(like: Tensor, generator: Any) -> Tensor:

@@ -8,6 +8,9 @@ takes the noise that would lead back to the frame itself for the unconditional p
 the one that was predicted at the first stage ("initialize"). Frames like the one before may be left
 out, by a chance that rises with their likeness.
 
+Frames and outputs are taken and handed out in turns with the reader of the stream, so a frame that is
+left out costs no time, where the code sleeps for as long as a call takes. One prompt holds for a stream.
+
 Inferred: stages are spread evenly over the part of the way that `strength` leaves; the residual noise
 is the closed form (x - alpha * frame) / sigma of the paper, of which the code has an approximation.
 
@@ -23,8 +26,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.denoise.guidance import like
-from hasten.denoise.levels import level
+from hasten.denoise.guidance import like, own_part
+from hasten.denoise.levels import check_levels, level
 from hasten.denoise.network import Call
 from hasten.denoise.run import Run, Step
 from hasten.denoise.slots import Guider, State
@@ -121,6 +124,10 @@ class StreamDiffusion(State, Guider):
         if self.residual in ("self", "initialize"):
             return self.contract
         return replace(self.contract, slots=(Slot.STATE,))
+
+    def check(self, pipe: Any) -> None:
+        """See `DenoiseTechnique.check`."""
+        check_levels(pipe.scheduler, self.name)
 
     # -- a call begins -----------------------------------------------------------------------------
     def begin(self, run: Run, bound: Any) -> Progress:
@@ -237,7 +244,7 @@ class StreamDiffusion(State, Guider):
         place = run.first + run.index
         at = level(run.scheduler, place, run.scheduler.timesteps[place])
         noise = self.delta * state.first
-        x = run.call.x[: len(noise)].reshape(noise.shape)
+        x = own_part(run.call.x[: len(noise)], noise)
         said = replace(at, scale=1.0).output_of_noise(noise, x) * run.guidance.sign
         run.activity[f"{self.name}.residual_steps"] += 1
         known = said.reshape(conditional[:, : said.shape[1]].shape).to(conditional.dtype)

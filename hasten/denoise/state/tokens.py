@@ -17,6 +17,7 @@ from hasten.errors import SubjectError
 
 _OF_TOKENS = ("rot", "freq", "pos_emb", "mask", "_ids")  # in names of what has an entry a token
 _OF_TEXT = ("encoder", "text", "txt", "cap")  # begins names of what is about the text's tokens
+MODULATION = 6  # shift, scale and gate of two layers
 _OF_TIME = ("temb", "timestep_proj", "timestep")  # have one only where each token has its own time
 
 
@@ -37,6 +38,14 @@ class View:
         """How many tokens there are."""
         frames, height, width = self.grid
         return frames * height * width
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a sample, of any layout, has these tokens."""
+        if x.ndim == 3:
+            return x.shape[1] == self.count
+        frames = () if x.ndim == 4 else (x.shape[1 if self.frames_first else 2],)
+        places = zip((*frames, *x.shape[-2:]), self.grid[5 - x.ndim :], strict=True)
+        return all(place % cells == 0 for place, cells in places)
 
     def tokens(self, x: Tensor) -> Tensor:
         """(batch, frames, height, width, values) all values of each token, of a sample of any layout."""
@@ -149,7 +158,9 @@ class Subset:
             return value
         total = len(self.nearest)
         if name.startswith(_OF_TIME):
-            own = value.ndim == 4 and value.shape[1] == total
+            # With three axes it may be the six values of a modulation that lie there.
+            own = value.ndim == 4 or (value.ndim == 3 and total != MODULATION)
+            own = own and value.shape[1] == total
             return value.index_select(1, self.kept.to(value.device)) if own else value
         if name.startswith(_OF_TEXT) or not any(mark in name for mark in _OF_TOKENS):
             return value

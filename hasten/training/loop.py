@@ -38,6 +38,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hasten.errors import HastenError
+from hasten.training.memory import give_back
+
+STEPS_BETWEEN_TRIMS = 25
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 """`loss_fn(model, batch) -> (loss, metrics)`; `batch` is what `Data.batch` gave, on the model's
@@ -209,6 +212,8 @@ def fit(
             loss, metrics = _step(model, data, settings, loss_fn, optimizers, step)
             if mean is not None:
                 mean.update(step)
+            if step % STEPS_BETWEEN_TRIMS == 0:
+                give_back()
             outcome.losses.append(loss)
             outcome.steps, outcome.tokens = step + 1, (step + 1) * settings.batch_tokens
             if evaluate is not None and outcome.steps in marks:

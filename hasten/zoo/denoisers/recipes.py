@@ -572,9 +572,7 @@ def _export_denoiser(
         save_grid(sample(pipeline, texts, chosen.sampling, seed=1), folder / GRID)
         card = PictureCard(
             name=chosen.name,
-            num_parameters=sum(
-                map(_count, (model.text_encoder, model.network, model.autoencoder))
-            ),
+            num_parameters=sum(map(_count, (model.text_encoder, model.network, model.autoencoder))),
             data=_drawn(
                 _rows(chosen.training, _data(chosen), outcome.steps),
                 f"{'clips' if video else 'pictures'} with captions",

@@ -49,7 +49,9 @@ def test_a_pass_says_what_a_pass_over_everything_says(
         # Fill a place somewhere, or open one again, anywhere behind the padding.
         row = step % 2
         place = int(torch.randint(padding[row], LENGTH, (), generator=chance))
-        ids[row, place] = MASK if step % 3 == 0 else int(torch.randint(2, MASK, (), generator=chance))
+        ids[row, place] = (
+            MASK if step % 3 == 0 else int(torch.randint(2, MASK, (), generator=chance))
+        )
 
 
 def test_a_token_that_changes_makes_stale_what_follows_its_block() -> None:

@@ -119,7 +119,6 @@ def test_a_tree_says_what_each_draft_alone_says(
         wanted = torch.arange(open_from, end)
         plain = ours.logits(drafts[:, index], wanted, pads=pads)
         torch.testing.assert_close(logits[:, index, : len(wanted)], plain, rtol=0, atol=1e-5)
-        assert not bool(logits[:, index, len(wanted) :].any())
     # Rows go on from different drafts, and later passes from what is kept of them.
     best = torch.arange(size) * 3 + 2
     store.adopt(tree, drafts, best)

@@ -168,7 +168,7 @@ class Denoiser:
 
         Returns:
             Logits (batch, drafts, places, vocabulary) float32 of the places from `first` to the last
-            of `ends`, and the tree. Places at and behind a draft's own end are 0.
+            of `ends`, and the tree. What stands at and behind a draft's own end means nothing.
         """
         pads = store.pads
         wanted = torch.arange(first, ends[-1], device=drafts.device)
@@ -196,8 +196,7 @@ class Denoiser:
         said = said.float()
         said[..., self.form.mask_id] = -torch.inf
         place = torch.searchsorted(kept, row.clamp(min=0)).clamp(max=len(kept) - 1)
-        logits = said[:, place]
-        return logits.masked_fill(~asked[:, :, None], 0.0), tree
+        return said[:, place], tree
 
     def _alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""

@@ -58,8 +58,13 @@ class Slots:
 
 def _split(guess: Guess, count: int) -> list[Guess]:
     """One guess for each of `count` drafts, from one about (batch * drafts, length)."""
-    first = torch.arange(0, len(guess.tokens), count, device=guess.tokens.device)
-    return [guess.take(first + draft) for draft in range(count)]
+    tokens, confidence, logits = (
+        part.unflatten(0, (-1, count)) for part in (guess.tokens, guess.confidence, guess.logits)
+    )
+    return [
+        Guess(tokens[:, draft], confidence[:, draft], logits[:, draft], guess.wanted)
+        for draft in range(count)
+    ]
 
 
 class Run:
@@ -248,9 +253,11 @@ class Run:
         first = int(column.masked_fill(~masked.any(dim=2), length).min())
         ends = [self.block[1]] * count
         if self._reach:
-            # What the next drafts can fill, and all of the block in which that ends.
+            # What the next drafts can fill, and all of the block in which that ends; but no more than
+            # one block behind the open one, since guesses further ahead seldom hold.
             order = masked.long().cumsum(dim=2)
-            last = order.clamp(max=self._reach).argmax(dim=2).amax(dim=0)
+            last = order.clamp(max=self._reach).argmax(dim=2)
+            last = torch.minimum(last, column + self.block_length).amax(dim=0)
             whole = (last - self.start).div(self.block_length, rounding_mode="floor") + 1
             ends = (whole * self.block_length + self.start).clamp(max=length).tolist()
         before = self.denoiser.positions
@@ -272,13 +279,15 @@ class Run:
             self.carried = None
             return
         chosen = best.clamp(max=count - 1)  # a row beyond it is full
-        stacked = Guess(
-            torch.stack([g.tokens for g in guesses], 1)[every, chosen],
-            torch.stack([g.confidence for g in guesses], 1)[every, chosen],
-            torch.stack([g.logits for g in guesses], 1)[every, chosen],
-            guesses[0].wanted,
-        )
-        self.carried = stacked
+        if self.batch == 1:
+            self.carried = guesses[int(chosen)]
+        else:
+            self.carried = Guess(
+                torch.stack([g.tokens for g in guesses], 1)[every, chosen],
+                torch.stack([g.confidence for g in guesses], 1)[every, chosen],
+                torch.stack([g.logits for g in guesses], 1)[every, chosen],
+                guesses[0].wanted,
+            )
         if self.store is not None:
             assert self._tree is not None
             self.store.adopt(self._tree, drafts, chosen)

@@ -128,7 +128,7 @@ def test_the_empty_plan_is_static_decoding(opened: Any, family: str, form: str) 
             assert fast.activity["passes"] == fast.activity["emitted"] == new
             everything = new * (length + new)
             if "blocks" in form:  # what stands need not be computed again (test_masked_blocks)
-                assert fast.activity["positions"] < everything
+                assert fast.activity["positions"] <= everything - (length > 6) * new
             else:
                 assert fast.activity["positions"] == everything
 

@@ -180,20 +180,25 @@ class Run:
         """(length,) the places' numbers."""
         return torch.arange(self.length, device=self.tokens.device)
 
-    def needed(self) -> Tensor:
+    def needed(self, tokens: Tensor | None = None) -> Tensor:
         """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on.
 
         Drafts may go beyond the block. Then whole further blocks are wanted, so many that neither
-        the drafts of this pass nor those made of it reach the end. (Where each draft of a pass has
-        an end of its own, as in a tree, it is enough that the next drafts do not.)
+        the drafts of this pass nor those made of it reach the end.
+
+        Args:
+            tokens: (batch, length) a text for which blocks that it fills are not wanted.
         """
         looks_back = self.slots.remasker is not None and self.slots.remasker[0].looks_back
         first, end = self.start if looks_back else self.block[0], self.block[1]
-        reach = self._reach if self.store is not None else 2 * self._reach
-        beyond = reach - int(self.open.sum(dim=1).min()) if reach else 0
+        beyond = 2 * self._reach - int(self.open.sum(dim=1).min()) if self._reach else 0
         if beyond > 0:
             last = min(end + beyond, self.length)
             end = next(stop for _, stop in self.blocks if stop >= last)
+        if tokens is not None and not looks_back:
+            left = ((tokens == self.mask_id) & ~self.given).any(dim=0) & (self.columns >= first)
+            skipped = int(left.float().argmax()) - first
+            first += max(skipped, 0) // self.block_length * self.block_length
         return torch.arange(first, end, device=self.tokens.device)
 
     @property
@@ -233,15 +238,16 @@ class Run:
         """A guess at each of the drafts (batch, drafts, length), all in one pass."""
         batch, count, length = drafts.shape
         entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
-        if self.store is not None:
+        if self.store is not None and count > 1:
             return self._evaluate_tree(drafts, entries)
-        cache, rows = None, None
+        cache: Projections | BlockStore | None = self.store
+        rows = None
         if self.slots.window is not None and self.cache is not None and not self.cache.is_empty:
             rows = self.slots.window[0].rows(self.state(self.slots.window), self)
             cache = self.cache.take(entries)
         flat = drafts.reshape(batch * count, length)
         guess = self._guess(flat, self.pads[entries], cache, rows, entries=entries)
-        self._written = cache
+        self._written = cache if isinstance(cache, Projections) else None
         return _split(guess, count)
 
     def _evaluate_tree(self, drafts: Tensor, entries: Tensor) -> list[Guess]:
@@ -288,9 +294,9 @@ class Run:
                 torch.stack([g.logits for g in guesses], 1)[every, chosen],
                 guesses[0].wanted,
             )
-        if self.store is not None:
-            assert self._tree is not None
+        if self.store is not None and self._tree is not None:
             self.store.adopt(self._tree, drafts, chosen)
+            self._tree = None
         if self._written is not None:
             self.cache = self._written.take(every * count + chosen)
 
@@ -306,7 +312,7 @@ class Run:
         *,
         entries: Tensor | None = None,
     ) -> Guess:
-        wanted = self.needed()
+        wanted = self.needed(tokens if self.store is not None else None)
         embeddings = None
         if self.slots.embedding is not None:
             technique = self.slots.embedding[0]

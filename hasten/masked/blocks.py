@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache
+
+from hasten.masked.buffers import Buffers
 
 NEVER = -1  # no token: nothing was computed there
 
@@ -26,7 +27,7 @@ def first_change(changed: Tensor, block_length: int, pads: Tensor) -> int:
     return int(start.min())
 
 
-class BlockStore(Cache):
+class BlockStore(Buffers):
     """Keys and values of a text (batch, length), and of which tokens they were computed.
 
     Attributes:
@@ -36,10 +37,9 @@ class BlockStore(Cache):
     """
 
     def __init__(self, tokens: Tensor, block_length: int, pads: Tensor) -> None:
-        super().__init__(layers=[])  # type: ignore[misc]
+        super().__init__()
         self.block_length = block_length
         self.pads = pads
-        self.buffers: list[tuple[Tensor, Tensor]] = []
         self.seen = torch.full_like(tokens, NEVER)
         self._span = (0, 0)  # the positions of the pass in flight
         self._tree = False
@@ -121,14 +121,6 @@ class BlockStore(Cache):
         kept = drafts[every, best, tree.first : end]
         self.seen[:, tree.first : end] = kept.masked_fill(~self._whole(columns, ends), NEVER)
         self._fresh = []
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given, so nobody needs to know."""
-        return 0
-
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.buffers)
 
 
 @dataclass(frozen=True)

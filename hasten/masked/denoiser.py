@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hasten.masked.attention import undirected
 from hasten.masked.blocks import BlockStore, Tree
+from hasten.masked.buffers import Buffers
 from hasten.subject import MaskedForm
 
 
-class Projections(Cache):
+class Projections(Buffers):
     """Keys and values of all positions of a text, each as last computed.
 
     A pass over some rows writes theirs and reads all. The first pass must be over all rows.
     """
 
     def __init__(self) -> None:
-        super().__init__(layers=[])  # type: ignore[misc]
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        super().__init__()
         self.rows: Tensor | None = None  # those of the pass in flight; None for all
 
     @property
@@ -49,10 +49,6 @@ class Projections(Cache):
             self.buffers[layer_idx] = (key_states, value_states)
         return self.buffers[layer_idx]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given, so nobody needs to know."""
-        return 0
-
     def take(self, entries: Tensor) -> Projections:
         """A copy with the given entries of the batch, repeats allowed."""
         twin = Projections()
@@ -61,10 +57,6 @@ class Projections(Cache):
             for keys, values in self.buffers
         ]
         return twin
-
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.buffers)
 
 
 class Denoiser:
@@ -106,7 +98,7 @@ class Denoiser:
         """
         length = tokens.shape[1]
         source = self.sources(wanted)
-        alone = self._alone(wanted, pads)
+        alone = self.alone(wanted, pads)
         if alone is not None:
             source = torch.cat((source, wanted)).unique()
         positions = torch.arange(length, device=tokens.device)[None].expand(tokens.shape[0], -1)
@@ -198,7 +190,7 @@ class Denoiser:
         place = torch.searchsorted(kept, row.clamp(min=0)).clamp(max=len(kept) - 1)
         return said[:, place], tree
 
-    def _alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
+    def alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""
         if not self.form.shifted or pads is None:
             return None

@@ -128,8 +128,8 @@ class Run:
         """
         if self.slots.window is not None or self.slots.embedding is not None:
             return False
-        alone = (self.columns == self.pads[:, None]) & (self.pads[:, None] > 0) & ~self.given
-        return not (self.denoiser.form.shifted and bool(alone.any()))
+        alone = self.denoiser.alone(self.columns, self.pads)
+        return alone is None or not bool((alone & ~self.given).any())
 
     # -- what techniques read ----------------------------------------------------------------------
     @property
@@ -147,7 +147,12 @@ class Run:
     @property
     def masked(self) -> Tensor:
         """(batch, length) bool, places that are not fixed."""
-        return (self.tokens == self.mask_id) & ~self.given
+        return self.masks_of(self.tokens)
+
+    def masks_of(self, tokens: Tensor) -> Tensor:
+        """(batch, ..., length) bool, places that are not fixed in texts or drafts of the rows."""
+        given = self.given if tokens.ndim == 2 else self.given[:, None]
+        return (tokens == self.mask_id) & ~given
 
     @property
     def open(self) -> Tensor:
@@ -166,7 +171,7 @@ class Run:
         Args:
             tokens: (batch, length) ids, the text or a draft that goes on from it.
         """
-        masked = (tokens == self.mask_id) & ~self.given
+        masked = self.masks_of(tokens)
         first = masked.float().argmax(dim=1).clamp(min=self.block[0])
         ends = ((first - self.start) // self.block_length + 1) * self.block_length + self.start
         return masked & (self.columns < ends[:, None])
@@ -196,7 +201,7 @@ class Run:
             last = min(end + beyond, self.length)
             end = next(stop for _, stop in self.blocks if stop >= last)
         if tokens is not None and not looks_back:
-            left = ((tokens == self.mask_id) & ~self.given).any(dim=0) & (self.columns >= first)
+            left = self.masks_of(tokens).any(dim=0) & (self.columns >= first)
             skipped = int(left.float().argmax()) - first
             first += max(skipped, 0) // self.block_length * self.block_length
         return torch.arange(first, end, device=self.tokens.device)
@@ -254,7 +259,7 @@ class Run:
         """As `evaluate`, with what the drafts have in common computed once."""
         assert self.store is not None
         batch, count, length = drafts.shape
-        masked = (drafts == self.mask_id) & ~self.given[:, None]
+        masked = self.masks_of(drafts)
         column = masked.float().argmax(dim=2)
         first = int(column.masked_fill(~masked.any(dim=2), length).min())
         ends = [self.block[1]] * count
@@ -401,7 +406,7 @@ class Run:
         drafts = technique.propose(state, self, guess)
         # A draft that fills all that there is to fill, in every row, has no successor to be judged by.
         end = self.length if self._reach else self.block[1]
-        left = (drafts == self.mask_id) & ~self.given[:, None] & (self.columns < end)
+        left = self.masks_of(drafts) & (self.columns < end)
         count = int(left.any(dim=2).any(dim=0).sum())
         guesses = self.evaluate(drafts[:, :count]) if count else []
         best = technique.verify(state, self, drafts, guesses)

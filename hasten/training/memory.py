@@ -13,14 +13,21 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 1024, _M_TOP_PAD: 128 * 1024, _M_MMAP_MAX:
 _KEEPING = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20, _M_MMAP_MAX: 0}
 
 
+def _glibc() -> ctypes.CDLL | None:
+    """The C library where it is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    wanted = ("mallopt", "malloc_trim")
+    return library if all(hasattr(library, name) for name in wanted) else None
+
+
 def give_back() -> None:
     """Return freed memory to the system.
 
     Where the sizes of activations change from step to step, what is kept falls into pieces that fit
     nothing, and the process grows. Doing this now and then costs little.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is not None and hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is not None:
         library.malloc_trim(0)
 
 
@@ -32,8 +39,8 @@ def keep_freed_memory() -> Iterator[None]:
     back to the system, which then zeroes every page again; that can take a third of the time.
     Does nothing where the C library is not glibc.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is None:
         yield
         return
     for parameter, value in _KEEPING.items():

@@ -427,8 +427,10 @@ def _learn_the_echo(
         length=length,
         quiet=quiet,
     )
-    loss: LossFunction = MaskedLoss(model, mask_id, prompt=echo.prompt)
-    if chosen.block_length is not None:
+    loss: LossFunction
+    if chosen.block_length is None:
+        loss = MaskedLoss(model, mask_id, prompt=echo.prompt)
+    else:
         loss = BlockLoss(
             mask_id, prompt=echo.prompt, block_length=chosen.block_length, ahead=echo.ahead
         )

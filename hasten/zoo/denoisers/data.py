@@ -24,17 +24,15 @@ class Batch:
     """Pictures (rows, 3, size, size) or clips (rows, 3, frames, size, size) from -1 to 1.
 
     Attributes:
-        looks: (rows, cells, cells) int64, what stands at each token of a picture: the number of the
-            object's colour, shape and fill, 0 to NUM_LOOKS - 1, or NUM_LOOKS for the ground.
+        scenes: what the pictures show; nothing of clips.
     """
 
     pictures: Tensor
     captions: tuple[str, ...]
-    looks: Tensor | None = None
+    scenes: Sequence[Scene] = ()
 
     def to(self, device: torch.device | str) -> Self:
-        looks = None if self.looks is None else self.looks.to(device)
-        return replace(self, pictures=self.pictures.to(device), looks=looks)
+        return replace(self, pictures=self.pictures.to(device))
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class ScenePictures:
         scenes = _scenes(self.seed, index, rows, length)
         size = PIXELS * math.isqrt(length)
         captions = _drop([caption(scene) for scene in scenes], self.dropped, index + self.seed)
-        return Batch(2 * render(scenes, size) - 1, captions, looks_of(scenes, size // PIXELS))
+        return Batch(2 * render(scenes, size) - 1, captions, scenes)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,11 @@ class SceneClips:
 
 
 def looks_of(scenes: Sequence[Scene], cells: int) -> Tensor:
-    """What stands in each cell of pictures, as `Batch.looks`: an object that covers a third of it."""
+    """What stands in each cell of pictures (scenes, cells, cells): an object that covers a third of it.
+
+    It is the number of the object's colour, shape and fill, 0 to NUM_LOOKS - 1, or NUM_LOOKS for the
+    ground.
+    """
     found = torch.full((len(scenes), cells, cells), NUM_LOOKS)
     objects = [thing for scene in scenes for thing in scene.objects]
     owners = [row for row, scene in enumerate(scenes) for _ in scene.objects]

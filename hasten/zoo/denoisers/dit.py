@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GlmConfig, GlmModel
 
 from hasten.zoo.denoisers.base import Denoiser, noise_levels
-from hasten.zoo.denoisers.data import NUM_LOOKS, Batch
+from hasten.zoo.denoisers.data import NUM_LOOKS, Batch, looks_of
 from hasten.zoo.denoisers.words import PAD, VOCABULARY, word_tokenizer
 
 WORDS = 16  # tokens that every caption is padded to
@@ -88,8 +88,7 @@ class SceneDiT(Denoiser):
         noise = torch.randn_like(latents)
         noisy = torch.lerp(latents, noise, level[:, None, None, None])
         target = noise - latents
-        assert batch.looks is not None
-        looks = batch.looks.flatten(1)
+        looks = looks_of(batch.scenes, latents.shape[-1]).flatten(1).to(latents.device)
         positions = None
         full = latents.shape[-1] == self.network.config.sample_size
         if full and random.Random(torch.randint(1 << 30, ()).item()).random() < SPARSE_SHARE:

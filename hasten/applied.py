@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from hasten.errors import PlanError
+from hasten.errors import PlanError, SubjectError
 from hasten.parts import parts_for
 from hasten.plan import Plan
 from hasten.subject import Subject
@@ -24,6 +24,15 @@ def check_runs_on(runner: str, plan: Plan) -> None:
             raise PlanError(
                 f"{technique.name} does not run on the {runner!r} runner; it runs on: {', '.join(sorted(runners))}."
             )
+
+
+def check_engine(subject: Subject, engine: str) -> None:
+    """Raise a SubjectError where a subject runs on another engine."""
+    if subject.engine != engine:
+        raise SubjectError(
+            f"{subject.name} runs on the {subject.engine} engine, not on the {engine} one; hasten.apply "
+            "picks the engine."
+        )
 
 
 class AppliedPlan:

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hasten.applied import AppliedPlan, check_runs_on
+from hasten.applied import AppliedPlan, check_engine, check_runs_on
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.causal.slots import CausalTechnique
-from hasten.errors import HastenError, PlanError, SubjectError
+from hasten.errors import HastenError, PlanError
 from hasten.plan import Plan
 from hasten.streaming import streamed
 from hasten.subject import Subject
@@ -69,11 +69,7 @@ class CausalModel(AppliedPlan):
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
-        if subject.engine != "causal":
-            raise SubjectError(
-                f"{subject.name} runs on the {subject.engine} engine, not on the causal one; hasten.apply "
-                "picks the engine."
-            )
+        check_engine(subject, "causal")
         super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         brought = [
             own

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hasten.applied import AppliedPlan
+from hasten.applied import AppliedPlan, check_engine
 from hasten.causal.engine import check_length, check_prompt
 from hasten.causal.generation import Settings, result
-from hasten.errors import HastenError, SubjectError
+from hasten.errors import HastenError
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.run import Run, Slots
 from hasten.masked.sampling import Sampler
@@ -47,12 +47,9 @@ class MaskedModel(AppliedPlan):
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
-        if subject.form is None:
-            raise SubjectError(
-                f"{subject.name} runs on the {subject.engine} engine, not on the masked one; hasten.apply "
-                "picks the engine."
-            )
+        check_engine(subject, "masked")
         super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
+        assert subject.form is not None  # as every subject of this engine has one
         self.form: MaskedForm = subject.form
         self._slots()  # a technique of another engine is refused now
         self.peak_cache_bytes = 0

@@ -87,8 +87,8 @@ class FreeCache(Window, Committer):
             "values are stale where attention sees the whole text, and exact for models that see "
             "blocks. Those need no cache of a technique: the engine keeps what stands by itself, and "
             "computes a little less than this cache does. Plain decoding of others holds no cache, so "
-            "memory grows. The claims are against samplers without any cache. Where holes in texts are filled, a batch is frozen up to the first hole "
-            "of any row, so a row in it may differ from the same row alone."
+            "memory grows. The claims are against samplers without any cache. Where holes in texts "
+            "are filled, a batch is frozen up to the first hole of any row, so a row in it may differ from the same row alone."
         ),
     )
     contract: ClassVar[Contract] = Contract(

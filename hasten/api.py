@@ -71,9 +71,7 @@ def put(
         return CausalModel(subject, plan, runner=runner, parts=parts)
     if subject.engine == "denoise":
         return DenoiseModel(subject, plan, runner=runner, parts=parts)
-    if runner != "eager":
-        raise PlanError(f"The {subject.engine} engine runs on 'eager' only, not on {runner!r}.")
-    return MaskedModel(subject, plan, parts=parts)
+    return MaskedModel(subject, plan, runner=runner, parts=parts)
 
 
 def check_engine(subject: Subject, plan: Plan) -> None:

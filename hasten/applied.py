@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hasten.errors import PlanError, SubjectError
 from hasten.parts import parts_for
 from hasten.plan import Plan
 from hasten.subject import Subject
 from hasten.technique import Parts, Technique
+
+R = TypeVar("R")
 
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -24,6 +28,30 @@ def check_runs_on(runner: str, plan: Plan) -> None:
             raise PlanError(
                 f"{technique.name} does not run on the {runner!r} runner; it runs on: {', '.join(sorted(runners))}."
             )
+
+
+class Runners(Generic[R]):
+    """The runners of an engine: one per model and kind, as a compiled one keeps its graphs."""
+
+    def __init__(self, kinds: Mapping[str, Callable[[PreTrainedModel], R]]) -> None:
+        self.kinds = kinds
+        self._made: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, R]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def get(self, name: str, model: PreTrainedModel, plan: Plan) -> R:
+        """The runner of that name.
+
+        Raises:
+            PlanError: where there is none, or a technique of the plan cannot run on it.
+        """
+        check_runs_on(name, plan)
+        if name not in self.kinds:
+            raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(sorted(self.kinds))}.")
+        made = self._made.setdefault(model, {})
+        if name not in made:
+            made[name] = self.kinds[name](model)
+        return made[name]
 
 
 def check_engine(subject: Subject, engine: str) -> None:

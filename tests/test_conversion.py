@@ -15,7 +15,7 @@ from hasten.masked.engine import MaskedModel
 from hasten.training import Stage
 from hasten.training.masked import mask_in_blocks
 from hasten.zoo import recipes
-from hasten.zoo.continuations import Continuations, write_continuations
+from hasten.zoo.continuations import ROWS, Continuations, write_continuations
 from hasten.zoo.corpus import Corpus, FileWindows, default_corpus, tokenize
 
 STEPS = 6
@@ -38,16 +38,20 @@ def conversion(name: str) -> recipes.Conversion:
         tokens=256 * STEPS,
         stages=(Stage(length=64, share=1.0),),
     )
-    assert full.echo is not None
-    echo = replace(
-        full.echo,
-        texts=6,
-        prompt=32,
-        training=replace(
-            full.echo.training, batch_tokens=256, tokens=256 * 3, stages=settings.stages
-        ),
+    assert full.echoes
+    echoes = tuple(
+        replace(
+            echo,
+            texts=6,
+            prompt=32,
+            skip=min(echo.skip, ROWS),
+            training=replace(
+                echo.training, batch_tokens=256, tokens=256 * 3, stages=settings.stages
+            ),
+        )
+        for echo in full.echoes
     )
-    return replace(full, base="code-lm-tiny", training=settings, echo=echo)
+    return replace(full, base="code-lm-tiny", training=settings, echoes=echoes)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,8 @@ def test_it_makes_a_model_that_the_masked_engine_opens(
 ) -> None:
     chosen = conversion(name)
     card = recipes.train(chosen, tmp_path / "dlm", threads=1, corpus=little, quiet=True)
-    assert card.training["steps"] == STEPS and card.training["echo"]["steps"] == 3
+    assert card.training["steps"] == STEPS
+    assert [part["steps"] for part in card.training["echoes"]] == [3] * len(chosen.echoes)
     assert [file.name for file in tmp_path.iterdir()] == ["dlm"]  # nothing of the run is left
     assert card.recipe["plan"] == "repr_align" and card.recipe["base"] == "code-lm-tiny"
     assert {"loss", "masked_loss", "nll_at_1", "nll_at_8"} <= card.quality.keys()

@@ -238,7 +238,6 @@ SETTINGS = [
     (["--max-new-tokens", "0"], ["max_new_tokens=0"]),
     (["--temperature", "-1"], ["temperature=-1"]),
     (["--stop", "x"], ["stop_strings is not supported", "cut the text afterwards"]),
-    (["--runner", "compiled"], ["runs on 'eager' only"]),
     (["--guidance", "3"], ["--guidance", "masked"]),
     (["--output", "a.png"], ["--output is for pictures"]),
 ]
@@ -259,7 +258,6 @@ BENCHES = [
     (["--prompt", f"def {WORD}"], [f"A prompt holds the mask (id {MASK})", "without it"]),
     (["--prompt", ""], ["prompt is empty"]),
     (["--max-new-tokens", "512"], ["no room for a prompt"]),
-    (["--runner", "compiled"], ["runs on 'eager' only"]),
     (["--beside", "medusa"], ["medusa is of the causal engine"]),
 ]
 

@@ -113,12 +113,17 @@ def test_a_tree_says_what_each_draft_alone_says(
     ours.logits(ids, torch.arange(open_from, open_from + 4), pads=pads, cache=store)
     drafts = nested(ids, 7)
     ends = [min(open_from + 5 + index, LENGTH) for index in range(7)]
-    logits, tree = ours.drafts(drafts, open_from, ends, store)
-    assert logits.shape[:3] == (size, 7, ends[-1] - open_from)
+    logits, tree, row = ours.drafts(drafts, open_from, ends, store)
+    assert row.shape == (7, ends[-1] - open_from) and int(row.max()) + 1 == logits.shape[1]
     for index, end in enumerate(ends):
         wanted = torch.arange(open_from, end)
         plain = ours.logits(drafts[:, index], wanted, pads=pads)
-        torch.testing.assert_close(logits[:, index, : len(wanted)], plain, rtol=0, atol=1e-5)
+        said = logits[:, row[index, : len(wanted)]]
+        torch.testing.assert_close(said, plain, rtol=0, atol=1e-5)
+    # Behind its end speaks the next draft that goes so far.
+    for index, place in ((0, 5), (0, 8), (2, 9)):
+        speaker = next(draft for draft, end in enumerate(ends) if end > open_from + place)
+        assert row[index, place] == row[speaker, place]
     # Rows go on from different drafts, and later passes from what is kept of them.
     best = torch.arange(size) * 3 + 2
     store.adopt(tree, drafts, best)

@@ -21,8 +21,9 @@ import hasten
 from hasten import technique as registry
 from hasten.causal.generation import Settings
 from hasten.errors import HastenError, PlanError, SubjectError
-from hasten.masked.denoiser import Denoiser, Projections
+from hasten.masked.denoiser import Denoiser
 from hasten.masked.engine import MaskedModel
+from hasten.masked.projections import Projections
 from hasten.masked.sampling import Sampler
 from hasten.masked.slots import Committer, Guess
 from hasten.plan import Plan
@@ -418,7 +419,7 @@ def test_projections_of_all_rows_equal_none(family: str, form: str) -> None:
     tokens = models.padded(rows)["input_ids"]
     pads = torch.tensor([0, 6])
     wanted, every = torch.arange(7, 18), torch.arange(18)
-    cache = Projections()
+    cache = Projections(18)
     for _ in range(3):
         plain = denoiser.logits(tokens, wanted, pads=pads)
         kept = denoiser.logits(
@@ -437,7 +438,7 @@ def test_rows_that_are_left_out_keep_their_old_projections() -> None:
     denoiser = Denoiser(model, MaskedForm(MASK))
     tokens = holes(12, 4, 5, 6)
     wanted, rows = torch.tensor([4, 5, 6]), torch.tensor([3, 4, 5, 6])
-    cache = Projections()
+    cache = Projections(12)
     denoiser.logits(tokens, wanted, cache=cache)
     same = denoiser.logits(tokens, wanted, cache=cache, rows=rows)
     torch.testing.assert_close(same, denoiser.logits(tokens, wanted), atol=1e-5, rtol=0)
@@ -601,8 +602,8 @@ def test_a_technique_of_the_other_engine_is_refused(opened: Any, first_first: st
         MaskedModel(open_subject(masked_model()), Plan.parse("prompt_lookup"))
     with pytest.raises(PlanError, match="runs on one engine; this one names causal, masked"):
         Plan.parse(f"{first_first}, prompt_lookup")
-    with pytest.raises(PlanError, match="runs on 'eager' only"):
-        hasten.apply(opened()[0], first_first, runner="compiled")
+    with pytest.raises(PlanError, match="does not run on the 'compiled' runner"):
+        hasten.apply(opened()[0], first_first, runner="compiled")  # as it never said that it can
     with hasten.apply(opened()[0], first_first) as fast:  # and where it belongs it works
         pieces = list(fast.stream(text(), max_new_tokens=6, **NO_END))
         assert [piece.numel() for piece in pieces] == [1] * 6

@@ -23,6 +23,7 @@ from torch import Tensor
 import hasten
 from hasten import technique as registry
 from hasten.errors import PlanError
+from hasten.masked.engine import RUNNERS
 from hasten.masked.slots import Guess
 from hasten.plan import Plan, conflict
 from hasten.technique import Contract, Loss, Technique
@@ -297,9 +298,16 @@ def test_a_stream_is_the_text(lab: MaskedLab, slug: str, end: dict[str, int]) ->
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_a_runner_that_cannot_carry_it_is_refused(lab: MaskedLab, slug: str) -> None:
-    with pytest.raises(PlanError, match="'eager' only"):
-        lab.apply("plain", lab.technique("plain", slug), runner="compiled")
+def test_it_writes_the_same_on_every_runner(
+    lab: MaskedLab, slug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.masked.runners.compiled.BACKEND", "eager")  # quick, and as exact
+    assert registry.get(slug).contract.runners == set(RUNNERS.kinds)
+    texts = []
+    for runner in RUNNERS.kinds:
+        with lab.apply("plain", lab.technique("plain", slug), runner=runner) as fast:
+            texts.append(fast.generate(**one(), **USUAL))
+    assert torch.equal(*texts)
 
 
 # --------------------------------------------------------------------------- the class holds

@@ -27,6 +27,7 @@ from hasten.benchmark.calls import (
     training_prompts,
 )
 from hasten.benchmark.ceilings import pipeline_ceiling
+from hasten.benchmark.choice import Setting, fastest, settings_of
 from hasten.benchmark.missing import check_parts, train_parts
 from hasten.benchmark.picture_judge import compare, prove
 from hasten.benchmark.scenes import SceneJudge, scene_judge
@@ -50,7 +51,6 @@ from hasten.subject import Subject
 Tick = Callable[[int, int, str], None]
 
 BASELINE = "baseline"
-CHOICE_ROUNDS = 5  # in which the baseline's settings are compared
 NUM_TIMED = 2  # pictures of a timed call series
 NUM_SHOWN = 6  # pictures in the report
 
@@ -92,41 +92,19 @@ class DenoiseJob:
             )
 
     def choose_setting(self, stored: Subject | None, wanted: str) -> str:
-        """Give the plain pipeline its best dtype and runner; returns the runner's name.
-
-        Of dtypes only float32 and the checkpoint's own are tried. Compiling is not counted.
-        """
-        subjects = [self.subject]
-        if stored is not None and stored.model.dtype != self.subject.model.dtype:
-            subjects = [stored, self.subject]
-        names = RUNNERS if wanted == "auto" else (wanted,)
-        settings = [(subject, name) for subject in subjects for name in names]
+        """Give the plain pipeline its best dtype and runner; returns the runner's name."""
+        settings = settings_of(self.subject, stored, RUNNERS if wanted == "auto" else (wanted,))
         if len(settings) == 1 and wanted == "eager":
             return wanted
-        calls: dict[str, Callable[[], Sample]] = {}
-        by_label: dict[str, tuple[Subject, str]] = {}
-        for subject, name in settings:
-            label = f"{str(subject.model.dtype).removeprefix('torch.')} {name}"
-            self.tick(len(calls), len(settings), f"trying {label}")
-            plain = DenoiseModel(subject, Plan(()), runner=name, exclusive=False)
-            try:
-                self.timed[0].call(plain)  # compiles
-            except HastenError:
-                raise
-            except Exception:  # a model that cannot be compiled here is run as it is
-                if name == "eager":
-                    raise
-                continue
-            calls[label] = partial(self._one, plain)
-            by_label[label] = (subject, name)
-        if not calls:
-            raise HastenError(f"The runner {wanted!r} does not run here; use --runner auto.")
-        best = next(iter(calls))
-        if len(calls) > 1:
-            timings = interleave(calls, rounds=CHOICE_ROUNDS, warmup=0, seed=self.seed)
-            best = min(calls, key=lambda label: timings.seconds(label).median)
-        self.subject, runner = by_label[best]
-        return runner
+
+        def call_of(setting: Setting) -> Callable[[], Sample]:
+            plan, runner = Plan(()), setting.runner
+            plain = DenoiseModel(setting.subject, plan, runner=runner, exclusive=False)
+            return partial(self._one, plain)
+
+        best = fastest(settings, call_of, seed=self.seed, tick=self.tick)
+        self.subject = best.subject
+        return best.runner
 
     def _one(self, model: DenoiseModel) -> Sample:
         with stopwatch(self.subject.model.device) as watch:

@@ -15,7 +15,7 @@ import torch
 
 from hasten.api import Model, check_engine
 from hasten.denoise.step_counts import for_steps
-from hasten.errors import HastenError, PlanError
+from hasten.errors import HastenError
 from hasten.measure.ledger import Entry, Ledger
 from hasten.measure.plain import plain
 from hasten.plan import Plan, conflict
@@ -183,10 +183,14 @@ def _measure(
     if subject.engine == "masked":
         from hasten.benchmark.masked import bench_masked
 
-        if runner == "compiled":
-            raise PlanError(f"The masked engine runs on 'eager' only, not on {runner!r}.")
         return bench_masked(
-            subject, stored, plans, block_length=block_length, **of_texts, **options
+            subject,
+            stored,
+            plans,
+            runner=runner,
+            block_length=block_length,
+            **of_texts,
+            **options,
         )
     from hasten.benchmark.causal import bench_causal
 

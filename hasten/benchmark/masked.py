@@ -1,13 +1,14 @@
 """The benchmark of masked-diffusion models: static decoding, every plan, and the model they came from.
 
-The baseline is static decoding, one place a pass, in the faster dtype. Beside it runs the
-autoregressive model of the zoo that the subject was converted from, where there is one: the
-comparison that says whether masked decoding pays at all. Proofs are made in float32, since a pass
-over several drafts rounds differently from a pass over one text.
+The baseline is static decoding, one place a pass, in the fastest dtype and on the fastest runner.
+Beside it runs the autoregressive model of the zoo that the subject was converted from, where there
+is one: the comparison that says whether masked decoding pays at all. Proofs are made in float32 on
+the eager runner, since a pass over several drafts rounds differently from a pass over one text.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.benchmark.choice import Setting, fastest, settings_of
 from hasten.benchmark.judge import agreement_entry, estimate_entry, prove_lossy, shares_entry
 from hasten.benchmark.missing import check_parts, train_parts
 from hasten.benchmark.verdict import claims_of, loss_of, own_activity, verdict
 from hasten.benchmark.workload import Workload, crops, make_workload
 from hasten.causal.engine import CausalModel
 from hasten.errors import HastenError
-from hasten.masked.engine import MaskedModel, block_for
+from hasten.masked.engine import RUNNERS, MaskedModel, block_for
 from hasten.measure.ceilings import Ceiling, ceiling, reached
 from hasten.measure.clock import Sample, Timings, interleave, stopwatch
 from hasten.measure.limits import Limits, limits
@@ -81,13 +83,14 @@ class MaskedJob:
         subject: Subject,
         plans: list[Plan],
         *,
+        runner: str,
         prompts: list[str] | None,
         max_new_tokens: int,
         block_length: int | None,
         seed: int,
         tick: Tick,
     ) -> MaskedJob:
-        """Choose what the plans are run on, and bind them."""
+        """Choose what the plans are run on, and bind them, so that a wrong one is refused now."""
         work = make_workload(
             subject,
             prompts=prompts,
@@ -98,33 +101,37 @@ class MaskedJob:
         )
         _check_prompts(subject, work.prompts)
         job = cls(subject, work, seed, tick, block_length, judge=_origin(subject))
-        job.bind([Plan(()), *plans])
+        forced = runner != "auto"
+        job.bind([Plan(()), *plans], runner if forced else "eager", forced=forced)
         return job
 
-    def bind(self, plans: list[Plan]) -> None:
-        """Put all plans on the subject."""
-        self.contenders = {
-            str(plan) or BASELINE: MaskedModel(self.subject, plan, exclusive=False)
-            for plan in plans
-        }
+    def bind(self, plans: list[Plan], runner: str, *, forced: bool) -> None:
+        """Put all plans on the subject, on a runner where their techniques can run on it.
 
-    def choose_dtype(self, stored: Subject) -> None:
-        """Go on in the checkpoint's own dtype where static decoding is faster in it."""
-        if stored.model.dtype == self.subject.model.dtype:
-            return
-        seconds, first = [], self.subject
-        for subject in (first, stored):
-            static = MaskedModel(subject, Plan(()), exclusive=False)
-            self._write(static, self.work.prompts[0])
-            seconds.append(min(self._timed(static) for _ in range(3)))
-        if seconds[1] < seconds[0]:
-            self.subject = stored
-            self.bind([model.plan for model in self.contenders.values()])
+        Raises:
+            PlanError: where one cannot, and the runner was `forced`.
+        """
+        self.contenders = {}
+        for plan in plans:
+            able = forced or all(runner in technique.terms().runners for technique in plan)
+            self.contenders[str(plan) or BASELINE] = MaskedModel(
+                self.subject, plan, runner=runner if able else "eager", exclusive=False
+            )
 
-    def _timed(self, model: MaskedModel) -> float:
-        with stopwatch(self.subject.model.device) as watch:
-            self._write(model, self.work.prompts[0])
-        return watch.seconds
+    def choose_setting(self, stored: Subject | None, wanted: str) -> str:
+        """Give static decoding its best dtype and runner; returns the runner's name."""
+        names = tuple(RUNNERS.kinds) if wanted == "auto" else (wanted,)
+        settings = settings_of(self.subject, stored, names)
+        if len(settings) == 1:
+            return wanted
+
+        def call_of(setting: Setting) -> Callable[[], Sample]:
+            static = MaskedModel(setting.subject, Plan(()), runner=setting.runner, exclusive=False)
+            return partial(self._timed, static, self.work.prompts[:1])
+
+        best = fastest(settings, call_of, seed=self.seed, tick=self.tick)
+        self.subject = best.subject
+        return best.runner
 
     def _write(self, model: MaskedModel, prompt: Tensor) -> Tensor:
         """The new ids, (new,)."""
@@ -149,15 +156,22 @@ class MaskedJob:
         return interleave(calls, rounds=rounds, warmup=1, on_tick=self.tick, seed=self.seed)
 
     def _call(self, name: str) -> Sample:
-        model, seconds, tokens = self.contenders[name], 0.0, 0
-        total: dict[str, int] = {}
-        for prompt in self.work.prompts:
+        model, total = self.contenders[name], Counter[str]()
+        sample = self._timed(model, self.work.prompts, total)
+        self.activity[name] = dict(total)
+        return sample
+
+    def _timed(
+        self, model: MaskedModel, prompts: list[Tensor], activity: Counter[str] | None = None
+    ) -> Sample:
+        """All the prompts through one plan; what it did is added to `activity`."""
+        seconds, tokens = 0.0, 0
+        for prompt in prompts:
             with stopwatch(self.subject.model.device) as watch:
                 tokens += self._write(model, prompt).numel()
             seconds += watch.seconds
-            for key, value in model.activity.items():
-                total[key] = total.get(key, 0) + value
-        self.activity[name] = total
+            if activity is not None:
+                activity.update(model.activity)
         return Sample(seconds, tokens)
 
     def _autoregressive(self) -> Sample:
@@ -238,7 +252,7 @@ class MaskedJob:
         loop = {key: activity[key] for key in ("passes", "positions", "emitted")}
         return {
             "plan": name,
-            "runner": "eager",
+            "runner": model.runner.name,
             "ratio": ratio.to_dict(),
             "tokens_per_second": timings.tokens_per_second(name).to_dict(),
             "passes_ratio": self.activity[BASELINE]["passes"] / max(1.0, activity["passes"]),
@@ -268,7 +282,7 @@ class MaskedJob:
         work = 2.0 * self.subject.num_parameters * self.activity[BASELINE]["positions"]
         dtype = "bf16" if self.subject.model.dtype == torch.bfloat16 else "fp32"
         found: dict[str, Any] = {
-            "runner": "eager",
+            "runner": static.runner.name,
             "decoding": "static: one place a pass, the most confident first",
             "tokens_per_second": timings.tokens_per_second(BASELINE).to_dict(),
             "limit_fraction": limits.fraction_of_limit(
@@ -361,6 +375,7 @@ def bench_masked(
     stored: Subject | None,
     plans: list[Plan],
     *,
+    runner: str,
     prompts: list[str] | None,
     max_new_tokens: int,
     block_length: int | None,
@@ -374,6 +389,7 @@ def bench_masked(
 
     Args:
         stored: the subject in its checkpoint's own dtype, where that may be chosen.
+        runner: as `hasten.bench`.
         block_length: as `MaskedModel.generate`.
         train: train parts that are missing.
     """
@@ -384,6 +400,7 @@ def bench_masked(
     job = MaskedJob.start(
         subject,
         plans,
+        runner=runner,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         block_length=block_length,
@@ -391,8 +408,8 @@ def bench_masked(
         tick=tick,
     )
     machine_limits = limits(on_tick=tick)  # takes seconds, so after all that may be refused
-    if stored is not None:
-        job.choose_dtype(stored)
+    chosen = job.choose_setting(stored, runner)
+    job.bind([Plan(()), *plans], chosen, forced=runner != "auto")
     timings = job.time(rounds)
     texts = _texts(job.subject, max_new_tokens, seed) if quality else []
     steps = len(job.contenders) + 1
@@ -412,7 +429,7 @@ def bench_masked(
         "threads": torch.get_num_threads(),
         "seed": seed,
         "quick": timings.quick,
-        "subject": job.subject.describe() | {"runner": "eager"},
+        "subject": job.subject.describe() | {"runner": chosen},
         "workload": {
             "prompts": len(job.work.prompts),
             "prompt_tokens": [int(p.shape[1]) for p in job.work.prompts],

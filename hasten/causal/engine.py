@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hasten.applied import AppliedPlan, check_engine, check_runs_on
+from hasten.applied import AppliedPlan, Runners, check_engine
 from hasten.causal.generation import Settings, result
 from hasten.causal.run import Run, Slots
 from hasten.causal.runners import CompiledRunner, EagerRunner, Runner
 from hasten.causal.slots import CausalTechnique
-from hasten.errors import HastenError, PlanError
+from hasten.errors import HastenError
 from hasten.plan import Plan
 from hasten.streaming import streamed
 from hasten.subject import Subject
 from hasten.technique import Parts
 
-RUNNERS: dict[str, type[Runner]] = {"eager": EagerRunner, "compiled": CompiledRunner}
+RUNNERS: Runners[Runner] = Runners({"eager": EagerRunner, "compiled": CompiledRunner})
 WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # that ids may be
-
-_RUNNERS: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Runner]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 @dataclass
@@ -77,7 +71,7 @@ class CausalModel(AppliedPlan):
             if isinstance(technique, CausalTechnique)
             and (own := technique.model(bound)) is not None
         ]
-        self.runner: Runner = make_runner(runner, brought[0] if brought else subject.model, plan)
+        self.runner: Runner = RUNNERS.get(runner, brought[0] if brought else subject.model, plan)
         self.peak_cache_bytes = 0
         self.prefill_seconds = 0.0
         self.cache_bytes = 0
@@ -189,18 +183,6 @@ class CausalModel(AppliedPlan):
             self.activity = dict(run.activity)
             self.peak_cache_bytes = run.peak_cache_bytes
             self.cache_bytes = sum(lane.cache.num_bytes() for lane in run.lanes.values())
-
-
-def make_runner(name: str, model: PreTrainedModel, plan: Plan) -> Runner:
-    """The runner of that name, if every technique of the plan can run on it."""
-    check_runs_on(name, plan)
-    if name not in RUNNERS:
-        raise PlanError(f"Unknown runner {name!r}; there are: {', '.join(sorted(RUNNERS))}.")
-    # One runner per model and kind: a compiled one keeps its graphs from plan to plan.
-    runners = _RUNNERS.setdefault(model, {})
-    if name not in runners:
-        runners[name] = RUNNERS[name](model)
-    return runners[name]
 
 
 def _put(streamer: Any, run: Run, first: Tensor) -> None:

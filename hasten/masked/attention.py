@@ -7,7 +7,7 @@ would use, and reads what may be seen from the pass in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -48,21 +48,13 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer; shapes as transformers' attention functions, returns (out, None).
 
     query is (batch, heads, rows, head_dim); key and value (batch, kv_heads, length, head_dim).
     """
-    special = {"softcap": softcap, "sinks": kwargs.get("s_aux"), "window": sliding_window}
-    for name, found in special.items():
-        if found is not None:
-            raise SubjectError(
-                f"{type(module).__name__} uses attention with a {name}, which the masked engine "
-                "cannot run."
-            )
+    check_plain(module, kwargs)
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         out = _two_products(query, key, value, _VISIBLE.get(), scaling)
     else:
@@ -75,6 +67,21 @@ def attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_plain(module: nn.Module, further: Mapping[str, Any]) -> None:
+    """Raise where a layer asks for attention of a kind that the engine lacks.
+
+    Args:
+        further: what it hands over beside query, key, value, mask, dropout and scale.
+    """
+    names = {"softcap": "softcap", "s_aux": "sinks", "sliding_window": "window"}
+    for key, name in names.items():
+        if further.get(key) is not None:
+            raise SubjectError(
+                f"{type(module).__name__} uses attention with a {name}, which the masked engine "
+                "cannot run."
+            )
 
 
 def _two_products(

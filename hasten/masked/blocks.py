@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.masked.buffers import Buffers
+from hasten.masked.buffers import ALL_LAYERS, Buffers
 
 NEVER = -1  # no token: nothing was computed there
 
@@ -37,13 +37,14 @@ class BlockStore(Buffers):
     """
 
     def __init__(self, tokens: Tensor, block_length: int, pads: Tensor) -> None:
-        super().__init__()
+        super().__init__(tokens.shape[1])
         self.block_length = block_length
         self.pads = pads
         self.seen = torch.full_like(tokens, NEVER)
         self._span = (0, 0)  # the positions of the pass in flight
         self._tree = False
-        self._fresh: list[tuple[Tensor, Tensor]] = []  # of the last tree, one pair for each layer
+        # What the last tree computed, (layers, 2, batch, kv_heads, rows, head_dim).
+        self._fresh: Tensor | None = None
 
     def stale(self, tokens: Tensor) -> int:
         """The first position of any row that must be computed for a text (batch, length)."""
@@ -75,52 +76,52 @@ class BlockStore(Buffers):
 
     def expect_tree(self, first: int) -> None:
         """The next pass computes a `Tree` that begins at `first`; nothing is kept until `adopt`."""
-        self._span, self._tree, self._fresh = (first, first), True, []
+        self._span, self._tree, self._fresh = (first, first), True, None
 
-    def update(  # type: ignore[override]
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
-        """Take one layer's keys and values (batch, kv_heads, rows, head_dim); return what is read."""
-        new = (key_states, value_states)
-        if layer_idx == len(self.buffers):
-            self.buffers.append(tuple(self._room(states) for states in new))  # type: ignore[arg-type]
+    def write(self, layer: int | slice, fresh: Tensor) -> None:
+        """See `Buffers.write`."""
+        states = self.room(fresh)
         first, end = self._span
-        if self._tree:
-            self._fresh.append(new)
-            keys, values = (
-                torch.cat((buffer[:, :, :first], states), dim=2)
-                for buffer, states in zip(self.buffers[layer_idx], new, strict=True)
-            )
-            return keys, values
-        for buffer, states in zip(self.buffers[layer_idx], new, strict=True):
-            buffer[:, :, first:end] = states
-        keys, values = self.buffers[layer_idx]
-        return keys[:, :, :end], values[:, :, :end]
+        if not self._tree:
+            states[layer][..., first:end, :] = fresh
+        elif layer == ALL_LAYERS:
+            self._fresh = fresh
+        else:
+            if self._fresh is None:
+                self._fresh = fresh.new_empty(states.shape[0], *fresh.shape)
+            self._fresh[layer] = fresh
 
-    def _room(self, states: Tensor) -> Tensor:
-        batch, heads, _, dim = states.shape
-        return states.new_zeros(batch, heads, self.seen.shape[1], dim)
+    def read(self, layer: int) -> Tensor:
+        """See `Buffers.read`."""
+        assert self.states is not None
+        first, end = self._span
+        if not self._tree:
+            return self.states[layer][..., :end, :]
+        assert self._fresh is not None
+        return torch.cat((self.states[layer][..., :first, :], self._fresh[layer]), dim=-2)
+
+    def columns(self, visible: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """See `Buffers.columns`."""
+        assert visible is not None
+        first = self._span[0]
+        return visible[..., :first], visible[..., first:]
 
     def adopt(self, tree: Tree, drafts: Tensor, best: Tensor) -> None:
         """Keep what the last tree computed for one of the drafts (batch, drafts, length) of each row."""
+        assert self.states is not None and self._fresh is not None
         every = torch.arange(len(best), device=best.device)
         rows = tree.owner[best]  # (batch, width)
         end = tree.first + rows.shape[1]
-        index = rows.clamp(min=0)[:, None, :, None]
-        for buffers, fresh in zip(self.buffers, self._fresh, strict=True):
-            for buffer, states in zip(buffers, fresh, strict=True):
-                shape = (-1, states.shape[1], -1, states.shape[3])
-                buffer[:, :, tree.first : end] = states.gather(2, index.expand(shape))
+        index = rows.clamp(min=0)
+        for entry in range(len(best)):
+            self.states[:, :, entry, :, tree.first : end] = self._fresh[:, :, entry].index_select(
+                -2, index[entry]
+            )
         columns = torch.arange(tree.first, end, device=best.device)
         ends = tree.first + (rows >= 0).sum(dim=1, keepdim=True)  # of the draft of each row
         kept = drafts[every, best, tree.first : end]
         self.seen[:, tree.first : end] = kept.masked_fill(~self._whole(columns, ends), NEVER)
-        self._fresh = []
+        self._fresh = None
 
 
 @dataclass(frozen=True)

@@ -2,61 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hasten.masked.attention import undirected
 from hasten.masked.blocks import BlockStore, Tree
-from hasten.masked.buffers import Buffers
+from hasten.masked.projections import Projections
+from hasten.masked.runners import EagerRunner, Look, Runner
 from hasten.subject import MaskedForm
-
-
-class Projections(Buffers):
-    """Keys and values of all positions of a text, each as last computed.
-
-    A pass over some rows writes theirs and reads all. The first pass must be over all rows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: Tensor | None = None  # those of the pass in flight; None for all
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing was computed yet."""
-        return not self.buffers
-
-    def update(  # type: ignore[override]
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
-        """Keep one layer's keys and values (batch, kv_heads, rows, head_dim); return all of them."""
-        if self.rows is not None:
-            for buffer, new in zip(
-                self.buffers[layer_idx], (key_states, value_states), strict=True
-            ):
-                buffer.index_copy_(2, self.rows, new)
-        elif layer_idx == len(self.buffers):
-            self.buffers.append((key_states, value_states))
-        else:
-            self.buffers[layer_idx] = (key_states, value_states)
-        return self.buffers[layer_idx]
-
-    def take(self, entries: Tensor) -> Projections:
-        """A copy with the given entries of the batch, repeats allowed."""
-        twin = Projections()
-        twin.buffers = [
-            (keys.index_select(0, entries), values.index_select(0, entries))
-            for keys, values in self.buffers
-        ]
-        return twin
 
 
 class Denoiser:
@@ -67,9 +20,12 @@ class Denoiser:
         positions: positions computed in them, batch entries counted apart.
     """
 
-    def __init__(self, model: PreTrainedModel, form: MaskedForm) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, form: MaskedForm, runner: Runner | None = None
+    ) -> None:
+        """`runner`: what executes the passes of the model; by default it runs as it is."""
         self.form = form
+        self.runner = EagerRunner(model) if runner is None else runner
         self.passes = 0
         self.positions = 0
 
@@ -121,17 +77,7 @@ class Denoiser:
             kept = source
         if isinstance(cache, Projections):
             cache.rows = rows
-        read: dict[str, Any] = (
-            {"input_ids": tokens} if embeddings is None else {"inputs_embeds": embeddings}
-        )
-        with undirected(self.model, visible):
-            logits = self.model(
-                **read,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=kept,
-            ).logits
+        logits = self.runner.logits(Look(tokens, positions, kept, visible, cache, embeddings))
         self.passes += 1
         self.positions += tokens.numel()
         if alone is not None:
@@ -149,7 +95,7 @@ class Denoiser:
         first: int,
         ends: list[int],
         store: BlockStore,
-    ) -> tuple[Tensor, Tree]:
+    ) -> tuple[Tensor, Tree, Tensor]:
         """What a model that sees blocks says of several drafts, all in one sequence.
 
         Args:
@@ -159,8 +105,9 @@ class Denoiser:
             store: what earlier passes computed; it changes once `adopt` is called.
 
         Returns:
-            Logits (batch, drafts, places, vocabulary) float32 of the places from `first` to the last
-            of `ends`, and the tree. What stands at and behind a draft's own end means nothing.
+            Logits (batch, rows, vocabulary) float32 of what was asked for, the tree, and (drafts,
+            places) which of the rows speaks of a draft's place, from `first` to the last of `ends`. Of
+            a place at or behind a draft's own end speaks the next draft that has it; -1 is nobody.
         """
         pads = store.pads
         wanted = torch.arange(first, ends[-1], device=drafts.device)
@@ -170,25 +117,22 @@ class Denoiser:
         tree = Tree.of(drafts, begin, whole, store.block_length, pads)
         blocks = self._visible(drafts.shape[2], pads, None, drafts.device)
         assert blocks is not None
-        # Places from the end of the text back to a draft's own end have no row.
         asked = wanted < torch.tensor(ends, device=drafts.device)[:, None]
-        row = tree.owner[:, source - tree.first]
-        kept = row[asked].unique()
+        row = tree.owner[:, source - tree.first].masked_fill(~asked, -1)
+        for draft in range(len(ends) - 2, -1, -1):
+            row[draft] = torch.where(row[draft] < 0, row[draft + 1], row[draft])
+        kept, where = row.unique(return_inverse=True)
+        nobody = int(kept[0] < 0)
         store.expect_tree(tree.first)
-        with undirected(self.model, tree.visible(blocks)):
-            said = self.model(
-                input_ids=tree.tokens(drafts),
-                position_ids=(tree.columns[None] - pads[:, None]).clamp(min=0),
-                past_key_values=store,
-                use_cache=True,
-                logits_to_keep=kept,
-            ).logits
+        positions = (tree.columns[None] - pads[:, None]).clamp(min=0)
+        said = self.runner.logits(
+            Look(tree.tokens(drafts), positions, kept[nobody:], tree.visible(blocks), store)
+        )
         self.passes += 1
         self.positions += drafts.shape[0] * len(tree.columns)
         said = said.float()
         said[..., self.form.mask_id] = -torch.inf
-        place = torch.searchsorted(kept, row.clamp(min=0)).clamp(max=len(kept) - 1)
-        return said[:, place], tree
+        return said, tree, where - nobody
 
     def alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""

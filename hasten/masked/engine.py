@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hasten.applied import AppliedPlan, check_engine
+from hasten.applied import AppliedPlan, Runners, check_engine
 from hasten.causal.engine import check_length, check_prompt
 from hasten.causal.generation import Settings, result
 from hasten.errors import HastenError
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.run import Run, Slots
+from hasten.masked.runners import CompiledRunner, EagerRunner, Runner
 from hasten.masked.sampling import Sampler
 from hasten.plan import Plan
 from hasten.streaming import streamed
 from hasten.subject import MaskedForm, Subject
 from hasten.technique import Parts
 
+RUNNERS: Runners[Runner] = Runners({"eager": EagerRunner, "compiled": CompiledRunner})
 DEFAULT_BLOCK = 32
 FROM_LEFT_TO_RIGHT = "The masked engine does not write from left to right; cut the text afterwards."
 
@@ -44,6 +46,7 @@ class MaskedModel(AppliedPlan):
         subject: Subject,
         plan: Plan,
         *,
+        runner: str = "eager",
         parts: dict[str, Parts] | None = None,
         exclusive: bool = True,
     ) -> None:
@@ -51,6 +54,7 @@ class MaskedModel(AppliedPlan):
         super().__init__(subject, plan, subject.model, parts, exclusive=exclusive)
         assert subject.form is not None  # as every subject of this engine has one
         self.form: MaskedForm = subject.form
+        self.runner = RUNNERS.get(runner, subject.model, plan)
         self._slots()  # a technique of another engine is refused now
         self.peak_cache_bytes = 0
         self.seconds = 0.0
@@ -186,7 +190,7 @@ class MaskedModel(AppliedPlan):
         if pad == self.form.mask_id and eos:
             pad = eos[0]  # what stands behind an end must not look open
         return Run(
-            Denoiser(self.subject.model, self.form),
+            Denoiser(self.subject.model, self.form, self.runner),
             Sampler(settings, tokens.shape[0]),
             tokens,
             given,
@@ -198,6 +202,7 @@ class MaskedModel(AppliedPlan):
         )
 
     def _execute(self, run: Run) -> None:
+        self.runner.begin()
         start = time.perf_counter()
         try:
             run.execute()

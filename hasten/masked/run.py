@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hasten.errors import HastenError, PlanError
 from hasten.masked.blocks import BlockStore, Tree
-from hasten.masked.denoiser import Denoiser, Projections
-from hasten.masked.sampling import Sampler
+from hasten.masked.denoiser import Denoiser
+from hasten.masked.projections import Projections
+from hasten.masked.sampling import Sampler, chance
 from hasten.masked.slots import (
     Candidates,
     Committer,
@@ -54,17 +55,6 @@ class Slots:
         """Each technique once, in the order of the slots."""
         found = [getattr(self, field.name) for field in fields(self)]
         return list({id(e[0]): e for e in found if e is not None}.values())
-
-
-def _split(guess: Guess, count: int) -> list[Guess]:
-    """One guess for each of `count` drafts, from one about (batch * drafts, length)."""
-    tokens, confidence, logits = (
-        part.unflatten(0, (-1, count)) for part in (guess.tokens, guess.confidence, guess.logits)
-    )
-    return [
-        Guess(tokens[:, draft], confidence[:, draft], logits[:, draft], guess.wanted)
-        for draft in range(count)
-    ]
 
 
 class Run:
@@ -163,18 +153,21 @@ class Run:
         return self.masked & (self.columns < self.block[1])
 
     def next_open(self, tokens: Tensor) -> Tensor:
-        """(batch, length) bool, the open places of each row's first block that has any.
+        """(batch, ..., length) bool, the open places of each row's first block that has any.
 
         That is where the next place of a text is filled; rows may be in different blocks. Blocks
         before the one in hand are full.
 
         Args:
-            tokens: (batch, length) ids, the text or a draft that goes on from it.
+            tokens: (batch, ..., length) ids, the text or drafts that go on from it.
         """
         masked = self.masks_of(tokens)
-        first = masked.float().argmax(dim=1).clamp(min=self.block[0])
-        ends = ((first - self.start) // self.block_length + 1) * self.block_length + self.start
-        return masked & (self.columns < ends[:, None])
+        ends = self._block_ends(masked.float().argmax(dim=-1).clamp(min=self.block[0]))
+        return masked & (self.columns < ends[..., None])
+
+    def _block_ends(self, places: Tensor) -> Tensor:
+        """Where the blocks of places end, but for the last of the text."""
+        return ((places - self.start) // self.block_length + 1) * self.block_length + self.start
 
     def block_numbers(self) -> Tensor:
         """(length,) which block each place belongs to; below 0 before the first new one."""
@@ -221,10 +214,13 @@ class Run:
         return self.states[id(entry[0])]
 
     def best(self, guess: Guess, places: Tensor, count: int = 1) -> Tensor:
-        """(batch, length) bool, the `count` most confident of the places; of equal ones the first."""
+        """(batch, ..., length) bool, the most confident `count` of places; of equal ones the first."""
         confidence = guess.confidence.masked_fill(~places, -1.0)
-        order = confidence.argsort(dim=1, descending=True, stable=True)[:, :count]
-        return torch.zeros_like(places).scatter_(1, order, True) & places
+        if count == 1:
+            order = confidence.argmax(dim=-1, keepdim=True)
+        else:
+            order = confidence.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        return torch.zeros_like(places).scatter_(-1, order, True) & places
 
     # -- passes ------------------------------------------------------------------------------------
     def look(self) -> Guess:
@@ -234,17 +230,17 @@ class Run:
             return self._guess(self.tokens, self.pads, self.store, None)
         if self.slots.window is not None:
             if self.cache is None:
-                self.cache = Projections()
+                self.cache = Projections(self.length)
             rows = self.slots.window[0].rows(self.state(self.slots.window), self)
             rows = None if self.cache.is_empty else rows
         return self._guess(self.tokens, self.pads, self.cache, rows)
 
-    def evaluate(self, drafts: Tensor) -> list[Guess]:
-        """A guess at each of the drafts (batch, drafts, length), all in one pass."""
+    def evaluate(self, drafts: Tensor) -> Guess:
+        """What a pass says of each of the drafts (batch, drafts, length)."""
         batch, count, length = drafts.shape
-        entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
         if self.store is not None and count > 1:
-            return self._evaluate_tree(drafts, entries)
+            return self._evaluate_tree(drafts)
+        entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
         cache: Projections | BlockStore | None = self.store
         rows = None
         if self.slots.window is not None and self.cache is not None and not self.cache.is_empty:
@@ -253,52 +249,51 @@ class Run:
         flat = drafts.reshape(batch * count, length)
         guess = self._guess(flat, self.pads[entries], cache, rows, entries=entries)
         self._written = cache if isinstance(cache, Projections) else None
-        return _split(guess, count)
+        return guess.unflatten(batch)
 
-    def _evaluate_tree(self, drafts: Tensor, entries: Tensor) -> list[Guess]:
+    def _evaluate_tree(self, drafts: Tensor) -> Guess:
         """As `evaluate`, with what the drafts have in common computed once."""
         assert self.store is not None
-        batch, count, length = drafts.shape
+        first, ends = self._asked(drafts)
+        before = self.denoiser.positions
+        logits, self._tree, row = self.denoiser.drafts(drafts, first, ends, self.store)
+        self._count(self.denoiser.positions - before, self.store)
+        wanted = torch.arange(first, max(ends), device=drafts.device)
+        return self._read_tree(drafts, logits, row, wanted)
+
+    def _asked(self, drafts: Tensor) -> tuple[int, list[int]]:
+        """The first place that is asked for of any draft, and for each where the places end.
+
+        Of each its open block is wanted, where the next place is filled. What the drafts made of this
+        pass can fill behind that is only guessed: one draft of each block says it for all of them, the
+        fullest. It is no more than one block, since guesses further ahead seldom hold.
+        """
         masked = self.masks_of(drafts)
         column = masked.float().argmax(dim=2)
-        first = int(column.masked_fill(~masked.any(dim=2), length).min())
-        ends = [self.block[1]] * count
-        if self._reach:
-            # What the next drafts can fill, and all of the block in which that ends; but no more than
-            # one block behind the open one, since guesses further ahead seldom hold.
-            order = masked.long().cumsum(dim=2)
-            last = order.clamp(max=self._reach).argmax(dim=2)
-            last = torch.minimum(last, column + self.block_length).amax(dim=0)
-            whole = (last - self.start).div(self.block_length, rounding_mode="floor") + 1
-            ends = (whole * self.block_length + self.start).clamp(max=length).tolist()
-        before = self.denoiser.positions
-        logits, self._tree = self.denoiser.drafts(drafts, first, ends, self.store)
-        self._count(self.denoiser.positions - before, self.store)
-        wanted = torch.arange(first, ends[-1], device=drafts.device)
-        flat = drafts.flatten(0, 1)
-        guess = self._read(flat, logits.flatten(0, 1), wanted, self.pads[entries], entries)
-        known = wanted < torch.tensor(ends, device=drafts.device)[:, None]
-        guess.confidence[:, wanted] *= known.repeat(batch, 1)
-        return _split(guess, count)
+        first = int(column.masked_fill(~masked.any(dim=2), self.length).min())
+        if not self._reach:
+            return first, [self.block[1]] * drafts.shape[1]
+        order = masked.long().cumsum(dim=2)
+        last = order.clamp(max=self._reach).argmax(dim=2)
+        last = torch.minimum(last, column + self.block_length)
+        own, ahead = (
+            self._block_ends(places.amax(dim=0)).clamp(max=self.length).tolist()
+            for places in (column, last)
+        )
+        fullest = [this < after for this, after in itertools.pairwise([*own, self.length + 1])]
+        ends = [a if full else o for o, a, full in zip(own, ahead, fullest, strict=True)]
+        return first, list(itertools.accumulate(ends, max))
 
-    def adopt(self, drafts: Tensor, guesses: list[Guess], best: Tensor) -> None:
-        """Go on from one draft of each row; `guesses` may lack those of drafts that fill everything."""
+    def adopt(self, drafts: Tensor, guess: Guess | None, best: Tensor) -> None:
+        """Go on from one draft of each row; `guess` may lack those of drafts that fill everything."""
         every = torch.arange(self.batch, device=self.tokens.device)
         self.tokens = drafts[every, best]
-        count = len(guesses)
-        if count == 0 or bool((best >= count).all()):
+        count = 0 if guess is None else guess.tokens.shape[1]
+        if guess is None or bool((best >= count).all()):
             self.carried = None
             return
         chosen = best.clamp(max=count - 1)  # a row beyond it is full
-        if self.batch == 1:
-            self.carried = guesses[int(chosen)]
-        else:
-            self.carried = Guess(
-                torch.stack([g.tokens for g in guesses], 1)[every, chosen],
-                torch.stack([g.confidence for g in guesses], 1)[every, chosen],
-                torch.stack([g.logits for g in guesses], 1)[every, chosen],
-                guesses[0].wanted,
-            )
+        self.carried = guess.of(every, chosen)
         if self.store is not None and self._tree is not None:
             self.store.adopt(self._tree, drafts, chosen)
             self._tree = None
@@ -353,11 +348,37 @@ class Run:
         # Padding is no text, and counts for no penalty.
         text = tokens.masked_fill(self.columns < pads[:, None], self.mask_id)
         best = self.sampler.best(logits, text, wanted, self.mask_id, entries)
-        chance = logits.softmax(dim=-1).gather(2, best[..., None])[..., 0]
         guess = Guess(tokens.clone(), torch.zeros_like(tokens, dtype=logits.dtype), logits, wanted)
         guess.tokens[:, wanted] = best
-        guess.confidence[:, wanted] = chance
+        guess.confidence[:, wanted] = chance(logits, best)
         return guess
+
+    def _read_tree(self, drafts: Tensor, logits: Tensor, row: Tensor, wanted: Tensor) -> Guess:
+        """What logits say of drafts (batch, drafts, length) in a tree.
+
+        Args:
+            logits: (batch, rows, vocabulary) of what was asked for.
+            row: (drafts, wanted) which of the rows speaks of a draft's place; -1 for none.
+        """
+        batch, count = drafts.shape[:2]
+        told = row.clamp(min=0)
+        if self.sampler.takes_the_likeliest:  # so nothing depends on the draft: once a row will do
+            best = logits.argmax(dim=-1)
+            sure = chance(logits, best)[:, told]
+            best, every = best[:, told], logits
+        else:
+            every = logits[:, told]
+            entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
+            text = drafts.masked_fill(self.columns < self.pads[:, None, None], self.mask_id)
+            flat = every.flatten(0, 1)
+            best = self.sampler.best(flat, text.flatten(0, 1), wanted, self.mask_id, entries)
+            sure = chance(flat, best).unflatten(0, (batch, count))
+            best = best.unflatten(0, (batch, count))
+        tokens, confidence = drafts.clone(), torch.zeros_like(drafts, dtype=logits.dtype)
+        first, end = int(wanted[0]), int(wanted[-1]) + 1
+        tokens[:, :, first:end] = best
+        confidence[:, :, first:end] = sure * (row >= 0)
+        return Guess(tokens, confidence, logits, wanted, row)
 
     # -- the loop ----------------------------------------------------------------------------------
     def cancel(self) -> None:
@@ -384,16 +405,14 @@ class Run:
 
     def step(self) -> None:
         """One pass: guess, fix, open again."""
-        before = self.tokens
+        before = self.masked
         guess = self.carried if self.carried is not None else self.look()
         self.carried = None
         if self.slots.candidates is not None:
             self._leap(guess)
         else:
             self._fix(guess)
-        self.activity["emitted"] += int(
-            ((before == self.mask_id) & ~self.masked & ~self.given).sum()
-        ) - int(((before != self.mask_id) & self.masked).sum())
+        self.activity["emitted"] += int(before.sum()) - int(self.masked.sum())
         self._end_rows()
         if self.trace is not None:
             self.trace.append(self.tokens.clone())
@@ -408,9 +427,9 @@ class Run:
         end = self.length if self._reach else self.block[1]
         left = self.masks_of(drafts) & (self.columns < end)
         count = int(left.any(dim=2).any(dim=0).sum())
-        guesses = self.evaluate(drafts[:, :count]) if count else []
-        best = technique.verify(state, self, drafts, guesses)
-        self.adopt(drafts, guesses, best)
+        said = self.evaluate(drafts[:, :count]) if count else None
+        best = technique.verify(state, self, drafts, said)
+        self.adopt(drafts, said, best)
 
     def _fix(self, guess: Guess) -> None:
         places = self.open

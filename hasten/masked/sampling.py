@@ -9,6 +9,12 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from hasten.causal.generation import Settings
 
 
+def chance(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(..., wanted) the probability of tokens (..., wanted) for logits (..., wanted, vocabulary)."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return (chosen - logits.logsumexp(dim=-1)).exp()
+
+
 class Sampler:
     """Greedy choice, or sampling by adding noise to the logits (Gumbel-max).
 
@@ -32,6 +38,11 @@ class Sampler:
         self.batch = batch
         self._places = (0, 0)  # the first and the end of those that noise is kept of
         self._noise: dict[int, Tensor] = {}  # by row
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether a token depends on the logits of its place alone."""
+        return self.greedy and self.penalty == 1.0
 
     def best(
         self,

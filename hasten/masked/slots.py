@@ -25,19 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Guess:
-    """What a pass says of the text.
+    """What a pass says of a text, or of several drafts of one.
 
     Attributes:
-        tokens: (batch, length) the best token of each place that was asked for.
-        confidence: (batch, length) its probability; 0 where nothing was asked for.
-        logits: (batch, wanted, vocabulary) float32, before temperature; the mask has -inf.
+        tokens: (batch, length) the best token of each place that was asked for; of drafts (batch,
+            drafts, length).
+        confidence: its probability, in the same shape; 0 where nothing was asked for.
+        logits: (batch, wanted, vocabulary) float32, before temperature; the mask has -inf. Of drafts
+            (batch, drafts, wanted, vocabulary), or (batch, rows, vocabulary) where `row` is given.
         wanted: (wanted,) the places that `logits` is about, ascending.
+        row: (drafts, wanted) of drafts that share rows, the row that speaks of each place; -1 for none.
     """
 
     tokens: Tensor
     confidence: Tensor
     logits: Tensor
     wanted: Tensor
+    row: Tensor | None = None
 
     def take(self, entries: Tensor) -> Guess:
         """The given entries of the batch."""
@@ -47,6 +51,22 @@ class Guess:
             self.logits.index_select(0, entries),
             self.wanted,
         )
+
+    def unflatten(self, batch: int) -> Guess:
+        """One about texts (batch * drafts, length) as one about drafts."""
+        tokens, confidence, logits = (
+            part.unflatten(0, (batch, -1)) for part in (self.tokens, self.confidence, self.logits)
+        )
+        return Guess(tokens, confidence, logits, self.wanted)
+
+    def of(self, entries: Tensor, drafts: Tensor) -> Guess:
+        """What it says of one draft (entries,) of each of the given entries of the batch."""
+        where = (entries, drafts)
+        if self.row is None:
+            logits = self.logits[where]
+        else:
+            logits = self.logits[entries[:, None], self.row.clamp(min=0)[drafts]]
+        return Guess(self.tokens[where], self.confidence[where], logits, self.wanted)
 
 
 class MaskedTechnique(Technique):
@@ -98,8 +118,13 @@ class Candidates(MaskedTechnique):
         """(batch, drafts, length) ids, each draft with more places fixed than the one before it."""
         raise NotImplementedError
 
-    def verify(self, state: Any, run: Run, drafts: Tensor, guesses: list[Guess]) -> Tensor:
-        """(batch,) which draft is kept, from the guess at each draft."""
+    def verify(self, state: Any, run: Run, drafts: Tensor, guess: Guess | None) -> Tensor:
+        """(batch,) which draft is kept.
+
+        Args:
+            guess: what a pass says of the drafts, but for those at the end that leave nothing open;
+                None where all of them do.
+        """
         raise NotImplementedError
 
 

@@ -67,6 +67,7 @@ def write_continuations(
     count: int,
     prompt: int,
     length: int,
+    skip: int = 0,
     quiet: bool = False,
 ) -> Tensor:
     """Let a model continue passages greedily: ids (count, length + 1), beginning with the passage.
@@ -74,6 +75,7 @@ def write_continuations(
     Args:
         kept: where they are kept for a run that resumes; read instead where it is there.
         prompt: tokens of each passage.
+        skip: passages to leave out, at the beginning; a multiple of `ROWS`.
         quiet: draws no bar on standard error.
     """
     if kept.is_file():
@@ -82,7 +84,8 @@ def write_continuations(
             return texts
     parts: list[Tensor] = []
     console = Console(stderr=True, quiet=quiet)
-    indices = range(-(-count // ROWS))
+    assert skip % ROWS == 0
+    indices = range(skip // ROWS, -(-(skip + count) // ROWS))
     for index in track(indices, "writing texts", console=console, disable=quiet):
         passages = files.batch(index, ROWS, prompt)[:, :prompt].to(model.device)
         new = length + 1 - prompt

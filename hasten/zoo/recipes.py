@@ -118,6 +118,7 @@ class Echo:
     texts: int
     prompt: int  # tokens of each passage
     training: Settings  # of one stage; its length is that of a text
+    skip: int = 0  # passages that an earlier part has used
     ahead: int = 1  # of block diffusion: blocks of masks behind the one that is written
 
 
@@ -129,7 +130,7 @@ class Conversion:
     base: str
     training: Settings
     plan: str = "repr_align"  # techniques of the slot loss
-    echo: Echo | None = None  # a second part, in which it learns what the base itself writes
+    echoes: tuple[Echo, ...] = ()  # later parts, in which it learns what the base itself writes
     block_length: int | None = None  # it sees its own block and those before; None: everything
 
     def __post_init__(self) -> None:
@@ -139,6 +140,19 @@ class Conversion:
                     f"recipe {self.name}: {technique.name} is no loss term; training takes "
                     "techniques of the slot loss, such as repr_align"
                 )
+
+
+def _block_echo(*, texts: int, steps: int, skip: int = 0) -> Echo:
+    """A part of block diffusion on the base's own texts."""
+    training = Settings(
+        tokens=steps * 4_096,
+        batch_tokens=4_096,
+        stages=(Stage(length=256, share=1.0),),
+        matrix_lr=0.005,
+        other_lr=1e-3,
+        compile=False,
+    )
+    return Echo(texts=texts, prompt=128, training=training, skip=skip)
 
 
 RECIPES: dict[str, Recipe | Conversion] = {
@@ -188,15 +202,17 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 other_lr=1e-3,
                 compile=False,  # the states of all layers are caught by hooks
             ),
-            echo=Echo(
-                texts=8_192,
-                prompt=128,
-                training=Settings(
-                    tokens=10_000_000,
-                    stages=(Stage(length=256, share=1.0),),
-                    matrix_lr=0.005,
-                    other_lr=1e-3,
-                    compile=False,
+            echoes=(
+                Echo(
+                    texts=8_192,
+                    prompt=128,
+                    training=Settings(
+                        tokens=10_000_000,
+                        stages=(Stage(length=256, share=1.0),),
+                        matrix_lr=0.005,
+                        other_lr=1e-3,
+                        compile=False,
+                    ),
                 ),
             ),
         ),
@@ -211,17 +227,9 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 other_lr=1e-3,
                 compile=False,
             ),
-            echo=Echo(
-                texts=4_096,
-                prompt=128,
-                training=Settings(
-                    tokens=850 * 4_096,
-                    batch_tokens=4_096,
-                    stages=(Stage(length=256, share=1.0),),
-                    matrix_lr=0.005,
-                    other_lr=1e-3,
-                    compile=False,
-                ),
+            echoes=(
+                _block_echo(texts=4_096, steps=850),
+                _block_echo(texts=8_192, steps=1_700, skip=4_096),
             ),
         ),
     )
@@ -284,9 +292,12 @@ def train(
             quiet=quiet,
         )
     chosen = replace(chosen, training=_adjusted(chosen.training, seed, max_tokens))
-    if isinstance(chosen, Conversion) and chosen.echo is not None:
-        echo = replace(chosen.echo, training=_adjusted(chosen.echo.training, seed, max_tokens))
-        chosen = replace(chosen, echo=echo)
+    if isinstance(chosen, Conversion):
+        echoes = tuple(
+            replace(echo, training=_adjusted(echo.training, seed, max_tokens))
+            for echo in chosen.echoes
+        )
+        chosen = replace(chosen, echoes=echoes)
     if plan is not None and isinstance(chosen, Conversion):
         chosen = replace(chosen, plan=str(Plan.parse(plan)))
     output = checked_output(Path(output))
@@ -358,9 +369,11 @@ def _convert(
     files = FileWindows(tokenize(corpus.train, tokenizer), seed=chosen.training.seed)
     held_out = FileWindows(tokenize(corpus.held_out, tokenizer)).batch(0, HELD_OUT_ROWS, 256)
     beside = [
-        output.parent / f".{output.name}.{part}.safetensors"
-        for part in ("checkpoint", "texts", "echo")
+        output.parent / f".{output.name}.{part}{number}.safetensors"
+        for number in range(1, len(chosen.echoes) + 1)
+        for part in ("texts", "echo")
     ]
+    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
     with torch_state(threads, chosen.training.seed), keep_freed_memory():
         base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model = copy.deepcopy(base)
@@ -373,7 +386,7 @@ def _convert(
                 files,
                 chosen.training,
                 MaskedLoss(model, mask_id, terms, block_length=chosen.block_length),
-                checkpoint=beside[0],
+                checkpoint=checkpoint,
                 resume=resume,
                 evaluate=lambda current: masked_quality(
                     current, held_out, mask_id, ratios=(0.5,), block_length=chosen.block_length
@@ -383,9 +396,21 @@ def _convert(
                 label=chosen.name,
             )
         ]
-        if chosen.echo is not None:
+        for number, echo in enumerate(chosen.echoes):
+            texts, its_checkpoint = beside[2 * number : 2 * number + 2]
             outcomes.append(
-                _learn_the_echo(chosen, base, model, files, mask_id, beside[1:], resume, quiet)
+                _learn_the_echo(
+                    echo,
+                    base,
+                    model,
+                    files,
+                    mask_id,
+                    chosen.block_length,
+                    texts=texts,
+                    checkpoint=its_checkpoint,
+                    resume=resume,
+                    quiet=quiet,
+                )
             )
         model.bfloat16().eval()
         model.config.is_causal = False
@@ -397,49 +422,48 @@ def _convert(
         quality |= masked_quality(model, held_out, mask_id, block_length=chosen.block_length)
         quality |= quality_by_tokens_a_pass(model, tokenizer, base, held_out[:NUM_PASSAGES, :96])
         card = export(model, tokenizer, chosen, output, outcomes, corpus, files, quality)
-    for file in beside:
+    for file in (checkpoint, *beside):
         file.unlink(missing_ok=True)
     return card
 
 
 def _learn_the_echo(
-    chosen: Conversion,
+    echo: Echo,
     base: LlamaForCausalLM,
     model: LlamaForCausalLM,
     files: FileWindows,
     mask_id: int,
-    beside: list[Path],
+    block_length: int | None,
+    *,
+    texts: Path,
+    checkpoint: Path,
     resume: bool,
     quiet: bool,
 ) -> Outcome:
-    """Train on what the base writes. `beside`: where texts and checkpoint are kept."""
-    echo = chosen.echo
-    assert echo is not None
+    """Train on what the base writes, which is kept in the file `texts` until the run is over."""
     if not resume:
-        beside[0].unlink(missing_ok=True)
-    length = echo.training.stages[0].length
-    texts = write_continuations(
+        texts.unlink(missing_ok=True)
+    written = write_continuations(
         base.bfloat16(),
         files,
-        beside[0],
+        texts,
         count=echo.texts,
         prompt=echo.prompt,
-        length=length,
+        length=echo.training.stages[0].length,
+        skip=echo.skip,
         quiet=quiet,
     )
     loss: LossFunction
-    if chosen.block_length is None:
+    if block_length is None:
         loss = MaskedLoss(model, mask_id, prompt=echo.prompt)
     else:
-        loss = BlockLoss(
-            mask_id, prompt=echo.prompt, block_length=chosen.block_length, ahead=echo.ahead
-        )
+        loss = BlockLoss(mask_id, prompt=echo.prompt, block_length=block_length, ahead=echo.ahead)
     return fit(
         model,
-        Continuations(texts, seed=echo.training.seed),
+        Continuations(written, seed=echo.training.seed),
         echo.training,
         loss,
-        checkpoint=beside[1],
+        checkpoint=checkpoint,
         resume=resume,
         quiet=quiet,
         label="its echo",
@@ -480,9 +504,9 @@ def export(
 
 
 def _describe_runs(outcomes: list[Outcome]) -> dict[str, Any]:
-    """How the run went; a second part stands under "echo"."""
+    """How the run went; later parts stand under "echoes"."""
     first, *rest = (describe_run(outcome) for outcome in outcomes)
-    return first | ({"echo": rest[0]} if rest else {})
+    return first | ({"echoes": rest} if rest else {})
 
 
 def _describe(corpus: Corpus, packed: PackedTokens | FileWindows) -> dict[str, Any]:

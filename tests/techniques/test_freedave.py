@@ -95,7 +95,7 @@ class Jump:
 
     before: Tensor
     drafts: Tensor
-    guesses: list[Guess]
+    guess: Guess | None
     best: Tensor
 
 
@@ -105,9 +105,9 @@ def jumps(monkeypatch: pytest.MonkeyPatch) -> list[Jump]:
     found: list[Jump] = []
     verify = FreeDave.verify
 
-    def noted(self: FreeDave, state: Any, run: Run, drafts: Tensor, guesses: Any) -> Tensor:
-        best = verify(self, state, run, drafts, guesses)
-        found.append(Jump(run.tokens, drafts, guesses, best))
+    def noted(self: FreeDave, state: Any, run: Run, drafts: Tensor, guess: Guess | None) -> Tensor:
+        best = verify(self, state, run, drafts, guess)
+        found.append(Jump(run.tokens, drafts, guess, best))
         return best
 
     monkeypatch.setattr(FreeDave, "verify", noted)
@@ -235,29 +235,32 @@ def test_a_right_token_at_the_wrong_place_does_not_pass() -> None:
     with hasten.apply(filler()) as fast:
         run, _ = fast._generation(prompt(), None, 4, {"max_new_tokens": 4, **NEVER})
     first = run.length - 4
-    said = torch.full((1, 1, run.length), 7)
 
-    def guess(*confidence: float) -> Guess:
-        sure = torch.zeros(1, run.length)
-        sure[0, first:] = torch.tensor(confidence)
-        return Guess(said[:, 0].clone(), sure, torch.empty(0), run.needed())
+    def guess(*texts: tuple[float, ...], second: int = 7) -> Guess:
+        tokens = torch.full((1, len(texts), run.length), 7)
+        tokens[..., first + 1] = second
+        sure = torch.zeros(1, len(texts), run.length)
+        sure[0, :, first:] = torch.tensor(texts)
+        return Guess(tokens, sure, torch.empty(1, len(texts), 0), run.needed())
 
     technique = FreeDave(num_draft=3)
-    drafts = technique.propose(None, run, guess(0.4, 0.3, 0.2, 0.1))
+    one = torch.tensor([0])
+    drafts = technique.propose(None, run, guess((0.4, 0.3, 0.2, 0.1)).of(one, one))
     assert [row[first:] for row in drafts[0].tolist()] == [
         [7, MASK, MASK, MASK],
         [7, 7, MASK, MASK],
         [7, 7, 7, MASK],
     ]
-    same = [guess(0.9, 0.3, 0.2, 0.1), guess(0.9, 0.9, 0.2, 0.1), guess(0.9, 0.9, 0.9, 0.1)]
-    assert technique.verify(None, run, drafts, same).tolist() == [2]
+    same = [(0.9, 0.3, 0.2, 0.1), (0.9, 0.9, 0.2, 0.1), (0.9, 0.9, 0.9, 0.1)]
+    assert technique.verify(None, run, drafts, guess(*same)).tolist() == [2]
     # After the first place it would be the third one's turn, though the second gets its 7 too.
-    swapped = [guess(0.9, 0.2, 0.3, 0.1), *same[1:]]
-    assert technique.verify(None, run, drafts, swapped).tolist() == [0]
-    said[0, 0, first + 1] = 8  # the right place, and another token
-    other = [guess(0.9, 0.3, 0.2, 0.1), *same[1:]]
-    assert technique.verify(None, run, drafts, other).tolist() == [0]
-    assert technique.verify(None, run, drafts, [same[0], swapped[0]]).tolist() == [2]
+    swapped = (0.9, 0.2, 0.3, 0.1)
+    assert technique.verify(None, run, drafts, guess(swapped, *same[1:])).tolist() == [0]
+    # The right place, and another token.
+    assert technique.verify(None, run, drafts, guess(*same, second=8)).tolist() == [0]
+    # The last draft needs no guess of its own.
+    assert technique.verify(None, run, drafts, guess(*same[:2])).tolist() == [2]
+    assert technique.verify(None, run, drafts, guess(same[0], swapped)).tolist() == [2]
 
 
 def test_drafts_as_a_batch_say_what_a_tree_says() -> None:
@@ -270,7 +273,9 @@ def test_drafts_as_a_batch_say_what_a_tree_says() -> None:
             run, _ = fast._generation(ids, None, size, {"max_new_tokens": size, **NEVER})
             run.states = {id(technique): None for technique, _ in run.slots.entries()}
             drafts = FreeDave(num_draft=count).propose(None, run, run.look())
-            batch = torch.cat([guess.logits for guess in run.evaluate(drafts)])
+            said = run.evaluate(drafts)
+            assert said.row is not None
+            batch = said.logits[0, said.row]
         before = 2 * size
         tokens = torch.cat((ids[0], *drafts[0, :, before:]))[None]
         positions = torch.cat(
@@ -305,15 +310,13 @@ def test_threshold_decoding_checks_by_subset(jumps: list[Jump]) -> None:
         for row, best in enumerate(jump.best.tolist()):
             texts = jump.drafts[row].tolist()
             at = 0
-            while at < len(jump.guesses):
-                guess, draft = jump.guesses[at], texts[at]
+            while jump.guess is not None and at < jump.guess.tokens.shape[1]:
+                draft, confidence = texts[at], jump.guess.confidence[row, at]
                 still = [place for place, token in enumerate(draft) if token == MASK]
-                sure = {p for p in still if float(guess.confidence[row, p]) > 0.6}
-                sure |= (
-                    {max(still, key=lambda p: float(guess.confidence[row, p]))} if still else set()
-                )
+                sure = {p for p in still if float(confidence[p]) > 0.6}
+                sure |= {max(still, key=confidence.tolist().__getitem__)} if still else set()
                 after = [
-                    int(guess.tokens[row, p]) if p in sure else token
+                    int(jump.guess.tokens[row, at, p]) if p in sure else token
                     for p, token in enumerate(draft)
                 ]
                 fitting = [

@@ -71,6 +71,7 @@ class FreeDave(Candidates, Committer):
     contract: ClassVar[Contract] = Contract(
         slots=(Slot.CANDIDATES, Slot.COMMITTER),
         needs=frozenset({Resource.FIXED_PLACES, Resource.TOKEN_INPUTS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     num_draft: int = knob(
@@ -111,18 +112,21 @@ class FreeDave(Candidates, Committer):
         filled = first[:, None] | (rest[:, None] & (rank < more))
         return torch.where(filled, guess.tokens[:, None], run.tokens[:, None])
 
-    def verify(self, state: Any, run: Run, drafts: Tensor, guesses: list[Guess]) -> Tensor:
+    def verify(self, state: Any, run: Run, drafts: Tensor, guess: Guess | None) -> Tensor:
         """(batch,) the furthest draft that the guesses confirm, one after the other."""
-        best = torch.zeros_like(drafts[:, 0, 0])
+        last = drafts.shape[1] - 1
         if not self.checked:
-            best += drafts.shape[1] - 1
-        for index, guess in enumerate(guesses if self.checked else ()):
-            draft, later = drafts[:, index], drafts[:, index + 1 :]
-            step = self._step(run, guess, run.next_open(draft))
-            after = torch.where(step, guess.tokens, draft)[:, None]
+            best = torch.full_like(drafts[:, 0, 0], last)
+        elif guess is None:
+            best = torch.zeros_like(drafts[:, 0, 0])
+        else:
+            known = drafts[:, : guess.tokens.shape[1]]
+            after = torch.where(self._step(run, guess, run.next_open(known)), guess.tokens, known)
             # The whole text is compared, so the right token at the wrong place does not pass.
-            holds = ((later == after) | (later == run.mask_id)).all(dim=2)
-            best = torch.where(best == index, index + holds.sum(dim=1), best)
+            later, after = drafts[:, None], after[:, :, None]
+            holds = ((later == after) | (later == run.mask_id)).all(dim=3)
+            steps = holds.triu(diagonal=1).sum(dim=2)  # (batch, drafts) that each one confirms
+            best = torch.tensor([_furthest(row) for row in steps.tolist()], device=drafts.device)
         self._count(run, drafts, best)
         return best
 
@@ -135,5 +139,16 @@ class FreeDave(Candidates, Committer):
                 run.activity[f"{self.name}.{what}"] += count
 
     def _step(self, run: Run, guess: Guess, places: Tensor) -> Tensor:
-        """(batch, length) bool, which of some places are filled next."""
-        return run.best(guess, places) | (places & (guess.confidence > self.threshold))
+        """(batch, ..., length) bool, which of some places are filled next."""
+        best = run.best(guess, places)
+        if self.threshold == TOP_ONE:
+            return best
+        return best | (places & (guess.confidence > self.threshold))
+
+
+def _furthest(steps: list[int]) -> int:
+    """How far a chain goes in which the draft at hand confirms so many of those behind it."""
+    best = 0
+    while best < len(steps) and steps[best]:
+        best += steps[best]
+    return best

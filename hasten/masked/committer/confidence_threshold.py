@@ -31,7 +31,9 @@ class ConfidenceThreshold(Committer):
         saves="passes",
         notes="Places that are fixed together are each taken for sure alone, not as a whole.",
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.COMMITTER,))
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.COMMITTER,), runners=frozenset({"eager", "compiled"})
+    )
 
     threshold: float = knob(
         0.9,

@@ -81,6 +81,7 @@ class DInfer(Committer, Window, Embedding):
     contract: ClassVar[Contract] = Contract(
         slots=(Slot.COMMITTER, Slot.WINDOW, Slot.EMBEDDING),
         changes=frozenset({Resource.TOKEN_INPUTS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     decoder: str = knob(

@@ -36,7 +36,9 @@ class FixedSteps(Committer):
             "first where places that are filled together depend on each other."
         ),
     )
-    contract: ClassVar[Contract] = Contract(slots=(Slot.COMMITTER,))
+    contract: ClassVar[Contract] = Contract(
+        slots=(Slot.COMMITTER,), runners=frozenset({"eager", "compiled"})
+    )
 
     tokens_per_pass: int = knob(
         2, "places that each pass fixes in a row of the batch; more is faster and worse", low=1

@@ -61,7 +61,7 @@ class Smoothing:
             entry, place, column = entry[computed], place[computed], at[computed]
         if entry.numel() == 0:
             return None, 0
-        layer = run.denoiser.model.get_input_embeddings()
+        layer = run.denoiser.runner.model.get_input_embeddings()
         assert isinstance(layer, nn.Embedding)
         chances = self.logits[entry, place].softmax(dim=-1)
         table = _table(layer, chances.shape[1])

@@ -94,6 +94,7 @@ class Saber(Committer, Remasker):
         slots=(Slot.COMMITTER, Slot.REMASKER),
         changes=frozenset({Resource.FIXED_PLACES}),
         needs=frozenset({Resource.TOKEN_INPUTS}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     min_tokens: int = knob(

@@ -92,7 +92,9 @@ class FreeCache(Window, Committer):
         ),
     )
     contract: ClassVar[Contract] = Contract(
-        slots=(Slot.WINDOW, Slot.COMMITTER), needs=frozenset({Resource.FIXED_PLACES})
+        slots=(Slot.WINDOW, Slot.COMMITTER),
+        needs=frozenset({Resource.FIXED_PLACES}),
+        runners=frozenset({"eager", "compiled"}),
     )
 
     guided: bool = knob(True, "let a second model approve several places a pass; else only cache")

@@ -472,6 +472,67 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         fit(wider, counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
 
 
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    """Two runs of the same settings and shapes may still differ in what they learn, and how."""
+    file = tmp_path / "state.safetensors"
+    fit(tiny_model(), counting_data(), SETTINGS, checkpoint=file, of="a by plain loss", quiet=True)
+    again = {"checkpoint": file, "resume": True, "quiet": True}
+    with pytest.raises(HastenError, match="is of a by plain loss, and this run of a by another"):
+        fit(tiny_model(), counting_data(), SETTINGS, of="a by another", **again)
+    outcome = fit(tiny_model(), counting_data(), SETTINGS, of="a by plain loss", **again)
+    assert outcome.steps == SETTINGS.num_steps
+
+
+def test_what_was_trained_cannot_be_frozen_on_the_way(tmp_path: Path) -> None:
+    file, model = tmp_path / "state.safetensors", tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, counting_data(), SETTINGS, stopping_at(3), checkpoint=file, quiet=True)
+    model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(HastenError, match="which is frozen now"):
+        fit(model, counting_data(), SETTINGS, checkpoint=file, resume=True, quiet=True)
+
+
+def test_a_checkpoint_holds_what_a_model_remembers_beside_its_weights(tmp_path: Path) -> None:
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(1)
+            self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.norm(ids.float().reshape(-1, 1))
+            return out
+
+    def loss_fn(model: torch.nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return (model(batch) - 1).square().mean(), {}
+
+    torch.manual_seed(0)
+    whole = Normed()
+    expected = fit(whole, counting_data(), SETTINGS, loss_fn, quiet=True)
+    file, options = tmp_path / "state.safetensors", {"quiet": True}
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            Normed(),
+            counting_data(),
+            SETTINGS,
+            stopping_at(7, loss_fn),
+            checkpoint=file,
+            **options,
+        )
+    assert {k for k in load_file(file) if k.startswith("buffer.")} == {
+        "buffer.norm.running_mean",
+        "buffer.norm.running_var",
+        "buffer.norm.num_batches_tracked",
+    }
+    resumed = Normed()
+    outcome = fit(
+        resumed, counting_data(), SETTINGS, loss_fn, checkpoint=file, resume=True, **options
+    )
+    assert outcome.losses == expected.losses
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     file.write_bytes(b"not a checkpoint")

@@ -173,6 +173,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 180.0,
     resume: bool = False,
+    of: str = "",
     evaluate: Evaluation | None = None,
     num_evaluations: int = 10,
     quiet: bool = False,
@@ -185,6 +186,7 @@ def fit(
     Args:
         checkpoint: a file that holds the newest state; None keeps none. It stays when the run ends.
         resume: go on from `checkpoint` where there is one.
+        of: what is trained, and by which loss; a checkpoint of something else is refused.
         evaluate: called `num_evaluations` times, evenly spread, the last after the last step.
         optimizers_of: makes the optimisers; by default `build_optimizers`.
         average: keep a running mean of the weights that forgets this little each step (0.999,
@@ -199,7 +201,7 @@ def fit(
     outcome = Outcome()
     mean = None if average is None else Average(model, average)
     if resume and checkpoint is not None and checkpoint.exists():
-        outcome = load_checkpoint(checkpoint, model, optimizers, settings, mean)
+        outcome = load_checkpoint(checkpoint, model, optimizers, settings, mean, of=of)
     marks = {round(settings.num_steps * (i + 1) / num_evaluations) for i in range(num_evaluations)}
     model.train()
     last_save = last_clock = time.monotonic()
@@ -226,7 +228,7 @@ def fit(
             report.show(outcome, metrics)
             due = stopped() or outcome.steps == settings.num_steps
             if checkpoint is not None and (due or now - last_save > checkpoint_seconds):
-                save_checkpoint(checkpoint, model, optimizers, settings, outcome, mean)
+                save_checkpoint(checkpoint, model, optimizers, settings, outcome, mean, of=of)
                 last_save = now
             if stopped() and outcome.steps < settings.num_steps:
                 raise KeyboardInterrupt
@@ -357,10 +359,13 @@ def save_checkpoint(
     settings: Settings,
     outcome: Outcome,
     average: Average | None = None,
+    *,
+    of: str = "",
 ) -> None:
     """Write weights, optimizer state and progress to one file, whole or not at all."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors |= {f"buffer.{name}": b.detach().clone() for name, b in _kept_buffers(model).items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
@@ -369,11 +374,21 @@ def save_checkpoint(
     if average is not None:
         tensors |= {f"average.{name}": mean.clone() for name, mean in average.mean.items()}
     tensors["rng"] = torch.get_rng_state()
-    metadata = {"settings": settings.fingerprint(), "outcome": json.dumps(asdict(outcome))}
+    metadata = {
+        "settings": settings.fingerprint(),
+        "of": of,
+        "outcome": json.dumps(asdict(outcome)),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
     partial.replace(path)
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model remembers beside its weights, such as the means of a batch norm."""
+    kept = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def load_checkpoint(
@@ -382,6 +397,8 @@ def load_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     settings: Settings,
     average: Average | None = None,
+    *,
+    of: str = "",
 ) -> Outcome:
     """Put a saved state back into `model` and `optimizers`; returns the progress so far.
 
@@ -401,9 +418,16 @@ def load_checkpoint(
             f"the checkpoint {path} was written with other settings; "
             "use those, or delete it and start afresh"
         )
-    named = dict(model.named_parameters())
-    saved = {name: t.shape for name, t in tensors.items() if name.startswith("model.")}
-    if saved != {f"model.{name}": parameter.shape for name, parameter in named.items()}:
+    if metadata.get("of", "") != of:
+        raise HastenError(
+            f"the checkpoint {path} is of {metadata.get('of') or 'something else'}, and this run of "
+            f"{of or 'something else'}; give another checkpoint, or delete it and start afresh"
+        )
+    named, buffers = dict(model.named_parameters()), _kept_buffers(model)
+    saved = {name: t.shape for name, t in tensors.items() if name.startswith(("model.", "buffer."))}
+    wanted = {f"model.{name}": parameter.shape for name, parameter in named.items()}
+    wanted |= {f"buffer.{name}": buffer.shape for name, buffer in buffers.items()}
+    if saved != wanted:
         raise HastenError(
             f"the checkpoint {path} is of a model of another shape; "
             "use that one, or delete the checkpoint and start afresh"
@@ -417,6 +441,8 @@ def load_checkpoint(
             parameter.copy_(tensors[f"model.{name}"])
             if average is not None:
                 average.mean[name].copy_(tensors[f"average.{name}"])
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"buffer.{name}"])
     owner = {
         id(parameter): optimizer
         for optimizer in optimizers
@@ -427,6 +453,11 @@ def load_checkpoint(
         if full_name.startswith("optimizer."):
             _, key, name = full_name.split(".", 2)
             parameter = named[name]
+            if id(parameter) not in owner:
+                raise HastenError(
+                    f"the checkpoint {path} has trained {name}, which is frozen now; let it learn, or "
+                    "delete the checkpoint and start afresh"
+                )
             owner[id(parameter)].state[parameter][key] = tensor
     torch.set_rng_state(tensors["rng"])
     return Outcome(**json.loads(metadata["outcome"]))

@@ -142,7 +142,7 @@ class Conversion:
                 )
 
 
-def _block_echo(*, texts: int, steps: int, skip: int = 0) -> Echo:
+def _block_echo(*, texts: int, steps: int, skip: int = 0, compile: bool = True) -> Echo:
     """A part of block diffusion on the base's own texts."""
     training = Settings(
         tokens=steps * 4_096,
@@ -150,7 +150,7 @@ def _block_echo(*, texts: int, steps: int, skip: int = 0) -> Echo:
         stages=(Stage(length=256, share=1.0),),
         matrix_lr=0.005,
         other_lr=1e-3,
-        compile=False,
+        compile=compile,
     )
     return Echo(texts=texts, prompt=128, training=training, skip=skip)
 
@@ -228,8 +228,9 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 compile=False,
             ),
             echoes=(
-                _block_echo(texts=4_096, steps=850),
-                _block_echo(texts=8_192, steps=1_700, skip=4_096),
+                _block_echo(texts=4_096, steps=850, compile=False),
+                # It learns these by heart in a second round, so there are many.
+                _block_echo(texts=16_384, steps=1_650, skip=4_096),
             ),
         ),
     )
@@ -321,6 +322,7 @@ def train(
             chosen.training,
             checkpoint=checkpoint,
             resume=resume,
+            of=chosen.name,
             evaluate=lambda current: {
                 "held_out_bits_per_byte": bits_per_byte(
                     current, tokenizer, held_out, context=512, stride=512, max_bytes=50_000
@@ -388,6 +390,7 @@ def _convert(
                 MaskedLoss(model, mask_id, terms, block_length=chosen.block_length),
                 checkpoint=checkpoint,
                 resume=resume,
+                of=_identity(chosen),
                 evaluate=lambda current: masked_quality(
                     current, held_out, mask_id, ratios=(0.5,), block_length=chosen.block_length
                 ),
@@ -409,6 +412,7 @@ def _convert(
                     texts=texts,
                     checkpoint=its_checkpoint,
                     resume=resume,
+                    of=f"{_identity(chosen)}, part {number + 2}",
                     quiet=quiet,
                 )
             )
@@ -427,6 +431,12 @@ def _convert(
     return card
 
 
+def _identity(chosen: Conversion) -> str:
+    """What a checkpoint of it says that it is of."""
+    blocks = "" if chosen.block_length is None else f", blocks of {chosen.block_length}"
+    return f"{chosen.name} by {chosen.plan or 'plain conversion'}{blocks}"
+
+
 def _learn_the_echo(
     echo: Echo,
     base: LlamaForCausalLM,
@@ -438,6 +448,7 @@ def _learn_the_echo(
     texts: Path,
     checkpoint: Path,
     resume: bool,
+    of: str,
     quiet: bool,
 ) -> Outcome:
     """Train on what the base writes, which is kept in the file `texts` until the run is over."""
@@ -465,6 +476,7 @@ def _learn_the_echo(
         loss,
         checkpoint=checkpoint,
         resume=resume,
+        of=of,
         quiet=quiet,
         label="its echo",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.masked.blocks import NEVER, BlockStore, Tree, first_change
+from hasten.masked.blocks import NEVER, BlockStore, Tree, first_changes
 from hasten.masked.denoiser import Denoiser
 from hasten.subject import MaskedForm
 from tests import models
@@ -68,8 +68,8 @@ def test_a_token_that_changes_makes_stale_what_follows_its_block() -> None:
         assert store.stale(moved) == first
     # Blocks are counted from a row's first token.
     changed = torch.arange(LENGTH)[None] == 14
-    assert first_change(changed, SIZE, torch.tensor([3])) == 11
-    assert first_change(torch.zeros_like(changed), SIZE, torch.tensor([3])) == LENGTH
+    both = torch.stack((changed, torch.zeros_like(changed)), dim=1)
+    assert first_changes(both, SIZE, torch.tensor([3])) == [11, LENGTH]
 
 
 @pytest.mark.parametrize("shifted", [False, True])

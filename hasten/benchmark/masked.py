@@ -195,8 +195,11 @@ class MaskedJob:
             texts: ids (1, PROMPT_TOKENS + new) of held-out text each; their ends are rewritten.
         """
         found, tokenizer = Answers(), self.subject.tokenizer
+        infiller = None
         if isinstance(model, MaskedModel):
             found.timed = [self._write(model, prompt) for prompt in self.work.prompts]
+            # Holes make passes of other sizes, which nobody times: no graphs for them.
+            infiller = MaskedModel(self.subject, model.plan, exclusive=False)
         for text in texts:
             prompt = text[:, :PROMPT_TOKENS]
             new = self._continued(model, prompt)[None]
@@ -206,8 +209,8 @@ class MaskedJob:
                 before = str(tokenizer.decode(prompt[0]))
                 whole = before + str(tokenizer.decode(new[0]))
                 found.parse.append(parses(whole, prompt_chars=len(before)))
-            if isinstance(model, MaskedModel):
-                found.right += self._infilled(model, text)
+            if infiller is not None:
+                found.right += self._infilled(infiller, text)
         return found
 
     def _continued(self, model: MaskedModel | CausalModel, prompt: Tensor) -> Tensor:

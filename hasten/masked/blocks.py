@@ -18,13 +18,18 @@ from hasten.masked.buffers import ALL_LAYERS, Buffers
 NEVER = -1  # no token: nothing was computed there
 
 
-def first_change(changed: Tensor, block_length: int, pads: Tensor) -> int:
-    """Where the first block begins that holds a change (batch, length), in any row; or the length."""
-    length = changed.shape[1]
-    column = changed.float().argmax(dim=1)
+def first_changes(changed: Tensor, block_length: int, pads: Tensor) -> list[int]:
+    """Where the first block begins that holds a change, in any row of the batch; or the length.
+
+    Args:
+        changed: (batch, texts, length) bool; one answer for each of the texts.
+        pads: (batch,) positions on the left that are only padding; blocks are counted from there.
+    """
+    length, pads = changed.shape[2], pads[:, None]
+    column = changed.to(torch.uint8).argmax(dim=2)
     start = (column - pads).div(block_length, rounding_mode="floor") * block_length + pads
-    start = start.clamp(min=0).masked_fill(~changed.any(dim=1), length)
-    return int(start.min())
+    start = start.clamp(min=0).masked_fill(~changed.any(dim=2), length)
+    return start.amin(dim=0).tolist()  # type: ignore[no-any-return]
 
 
 class BlockStore(Buffers):
@@ -48,11 +53,17 @@ class BlockStore(Buffers):
 
     def stale(self, tokens: Tensor) -> int:
         """The first position of any row that must be computed for a text (batch, length)."""
-        return first_change(tokens != self.seen, self.block_length, self.pads)
+        (first,) = first_changes((tokens != self.seen)[:, None], self.block_length, self.pads)
+        return first
 
     def end(self, column: int) -> int:
         """The end of the block that holds a position, in the row where it ends last."""
-        return min(int(self._ends(torch.tensor(column)).max()), self.seen.shape[1])
+        return self.block_ends([column])[0]
+
+    def block_ends(self, columns: list[int]) -> list[int]:
+        """As `end`, of many positions."""
+        ends = self._ends(torch.tensor(columns, device=self.pads.device))
+        return ends.amax(dim=0).clamp(max=self.length).tolist()  # type: ignore[no-any-return]
 
     def _ends(self, columns: Tensor) -> Tensor:
         """(batch, columns) where the blocks of positions end in each row."""
@@ -65,7 +76,7 @@ class BlockStore(Buffers):
         Rows are padded each its own way, so a pass may end inside a block of some of them. What it
         says there has not seen the rest of the block.
         """
-        return self._ends(columns).clamp(max=self.seen.shape[1]) <= end
+        return self._ends(columns).clamp(max=self.length) <= end
 
     def expect(self, first: int, end: int, tokens: Tensor) -> None:
         """The next pass computes the positions from `first` up to `end` of a text (batch, length)."""
@@ -132,12 +143,14 @@ class Tree:
         first: the position at which the rows begin; what stands before is the same in all drafts.
         columns: (rows,) the position in the text of each row.
         draft: (rows,) the draft whose tokens it holds.
-        owner: (drafts, width) for each draft the row of each position from `first` on; -1 for none.
+        lines: for each draft the row of each position from `first` on; -1 for none.
+        owner: (drafts, width) the same as a tensor.
     """
 
     first: int
     columns: Tensor
     draft: Tensor
+    lines: list[list[int]]
     owner: Tensor
 
     @classmethod
@@ -155,26 +168,27 @@ class Tree:
             pads: (batch,) positions on the left that are only padding.
         """
         changed = drafts[:, 1:] != drafts[:, :-1]
-        starts = [first] + [
-            first_change(changed[:, index], block_length, pads) for index in range(len(ends) - 1)
-        ]
-        first = min(starts)
-        starts[0] = first
-        device, width = drafts.device, max(ends) - first
-        owner = torch.full((len(ends), width), -1, device=device)
-        columns, draft, rows = [], [], 0
+        starts = [first, *first_changes(changed, block_length, pads)]
+        first = starts[0] = min(starts)
+        width = max(ends) - first
+        columns: list[int] = []
+        draft: list[int] = []
+        lines: list[list[int]] = []
+        # Some dozens of numbers: lists are quicker than a tensor for each draft.
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            if index:
-                owner[index] = owner[index - 1]
-            count = max(0, end - start)
-            owner[index, start - first : start - first + count] = torch.arange(
-                rows, rows + count, device=device
-            )
-            owner[index, end - first :] = -1
-            columns.append(torch.arange(start, start + count, device=device))
-            draft.append(torch.full((count,), index, device=device))
-            rows += count
-        return cls(first, torch.cat(columns), torch.cat(draft), owner)
+            shared: list[int] = []
+            if lines:
+                start = min(start, ends[index - 1])  # what that draft lacks is not shared
+                shared = lines[-1][: min(start, end) - first]
+            rows = range(len(columns), len(columns) + max(0, end - start))
+            line = [*shared, *rows]
+            lines.append(line + [-1] * (width - len(line)))
+            columns += range(start, start + len(rows))
+            draft += [index] * len(rows)
+        places, drafts_of, owner = (
+            torch.tensor(part, device=drafts.device) for part in (columns, draft, lines)
+        )
+        return cls(first, places, drafts_of, lines, owner)
 
     def tokens(self, drafts: Tensor) -> Tensor:
         """(batch, rows) the ids of the rows, of drafts (batch, drafts, length)."""
@@ -184,11 +198,10 @@ class Tree:
         """Bool (batch or 1, 1, rows, first + rows), True where a row may look.
 
         Args:
-            blocks: (batch or 1, 1, length, length) bool, the same for a text alone.
+            blocks: (batch or 1, 1, rows, length) bool, what each row may see of a text alone.
         """
         rows = torch.arange(len(self.columns), device=self.columns.device)
         before = torch.arange(self.first, device=self.columns.device)
         mine = self.owner[self.draft][:, self.columns - self.first] == rows
         mine = torch.cat((mine.new_ones(len(rows), self.first), mine), dim=1)
-        seen = blocks[:, :, self.columns][..., torch.cat((before, self.columns))]
-        return seen & mine
+        return blocks[..., torch.cat((before, self.columns))] & mine

@@ -60,21 +60,23 @@ class Denoiser:
         positions = torch.arange(length, device=tokens.device)[None].expand(tokens.shape[0], -1)
         if pads is not None:
             positions = (positions - pads[:, None]).clamp(min=0)
-        visible = self._visible(length, pads, rows, tokens.device)
         if isinstance(cache, BlockStore):
-            assert rows is None and embeddings is None and visible is not None
+            assert rows is None and embeddings is None
             first = min(cache.stale(tokens), int(source.min()))
             end = cache.end(int(source.max()))
             cache.expect(first, end, tokens)
             tokens, positions = tokens[:, first:end], positions[:, first:end]
-            visible = visible[:, :, first:end, :end]
+            looking = torch.arange(first, end, device=tokens.device)
+            visible = self._visible(looking, end, pads)
             kept = source - first
         elif rows is not None:
             assert cache is not None and not cache.is_empty, "the first pass is over all rows"
             tokens, positions = tokens[:, rows], positions[:, rows]
             kept = torch.searchsorted(rows, source)
+            visible = self._visible(rows, length, pads)
         else:
             kept = source
+            visible = self._visible(torch.arange(length, device=tokens.device), length, pads)
         if isinstance(cache, Projections):
             cache.rows = rows
         logits = self.runner.logits(Look(tokens, positions, kept, visible, cache, embeddings))
@@ -113,26 +115,27 @@ class Denoiser:
         wanted = torch.arange(first, ends[-1], device=drafts.device)
         source = self.sources(wanted)
         begin = min(store.stale(drafts[:, 0]), int(source[0]))
-        whole = [store.end(end - 1) for end in ends]
+        whole = store.block_ends([end - 1 for end in ends])
         tree = Tree.of(drafts, begin, whole, store.block_length, pads)
-        blocks = self._visible(drafts.shape[2], pads, None, drafts.device)
-        assert blocks is not None
-        asked = wanted < torch.tensor(ends, device=drafts.device)[:, None]
-        row = tree.owner[:, source - tree.first].masked_fill(~asked, -1)
-        for draft in range(len(ends) - 2, -1, -1):
-            row[draft] = torch.where(row[draft] < 0, row[draft + 1], row[draft])
-        kept, where = row.unique(return_inverse=True)
-        nobody = int(kept[0] < 0)
+        row, kept = _speakers(tree, wanted.tolist(), source.tolist(), ends)
+        visible = self._visible(tree.columns, drafts.shape[2], pads)
+        assert visible is not None  # a model that sees blocks does not see all
         store.expect_tree(tree.first)
         positions = (tree.columns[None] - pads[:, None]).clamp(min=0)
         said = self.runner.logits(
-            Look(tree.tokens(drafts), positions, kept[nobody:], tree.visible(blocks), store)
+            Look(
+                tree.tokens(drafts),
+                positions,
+                torch.tensor(kept, device=drafts.device),
+                tree.visible(visible),
+                store,
+            )
         )
         self.passes += 1
         self.positions += drafts.shape[0] * len(tree.columns)
         said = said.float()
         said[..., self.form.mask_id] = -torch.inf
-        return said, tree, where - nobody
+        return said, tree, torch.tensor(row, device=drafts.device)
 
     def alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""
@@ -145,22 +148,46 @@ class Denoiser:
         """Positions whose output is about the wanted places; the first speaks for itself."""
         return (wanted - 1).clamp(min=0) if self.form.shifted else wanted
 
-    def _visible(
-        self, length: int, pads: Tensor | None, rows: Tensor | None, device: torch.device
-    ) -> Tensor | None:
-        """Bool mask (batch or 1, 1, rows or 1, length), True where a row may look; None for all."""
-        columns = torch.arange(length, device=device)[None]
-        visible = None
+    def _visible(self, looking: Tensor, length: int, pads: Tensor | None) -> Tensor | None:
+        """Bool (batch or 1, 1, rows, length), True where a row may look; None hides nothing.
+
+        Args:
+            looking: (rows,) the positions of the rows.
+        """
+        columns = torch.arange(length, device=looking.device)[None]
+        looking, own, visible = looking[None], columns, None
         if pads is not None and bool((pads > 0).any()):
-            visible = (columns >= pads[:, None])[:, None, None]
             # A row of padding sees itself, or it would become NaN.
-            visible = visible | torch.eye(length, dtype=torch.bool, device=device)[None, None]
-        if self.form.block_length is not None:
-            # Counted from a row's first token, so that padding moves nothing.
-            shown = columns if visible is None or pads is None else columns - pads[:, None]
-            blocks = shown // self.form.block_length
-            before = (blocks[:, :, None] >= blocks[:, None])[:, None]
+            itself = looking[0, :, None] == columns
+            visible = (columns >= pads[:, None])[:, None, None] | itself
+            # Blocks are counted from a row's first token, so that padding moves nothing.
+            looking, own = looking - pads[:, None], columns - pads[:, None]
+        size = self.form.block_length
+        if size is not None:
+            block, others = (each.div(size, rounding_mode="floor") for each in (looking, own))
+            before = (block[:, :, None] >= others[:, None])[:, None]
             visible = before if visible is None else visible & before
-        if visible is not None and rows is not None and visible.shape[2] > 1:
-            visible = visible[:, :, rows]
         return visible
+
+
+def _speakers(
+    tree: Tree, wanted: list[int], source: list[int], ends: list[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Which rows of a tree are asked.
+
+    Returns:
+        For each draft and each of the wanted places the index of its speaker among those that are
+        asked, or -1; and the rows that are asked, ascending.
+    """
+    speaker = [[-1] * len(wanted)]
+    for line, end in zip(reversed(tree.lines), reversed(ends), strict=True):
+        speaker.append(
+            [
+                line[position - tree.first] if place < end else later
+                for place, position, later in zip(wanted, source, speaker[-1], strict=True)
+            ]
+        )
+    found = speaker[:0:-1]
+    asked = sorted({row for line in found for row in line} - {-1})
+    index = {row: number for number, row in enumerate(asked)} | {-1: -1}
+    return [[index[row] for row in line] for line in found], asked

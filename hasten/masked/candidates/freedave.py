@@ -13,8 +13,9 @@ draft that fills all places is adopted without a pass of its own.
 
 The paper has two layouts. Drafts as a batch suit every model. Where a model sees blocks, and so the
 rest of the text does not look at what is open, all drafts stand in one sequence under a mask, and
-what they have in common is there once (`masked.blocks.Tree`). Such a pass costs little more than
-one without drafts.
+what they have in common is there once (`masked.blocks.Tree`). Ours: what lies behind the open block,
+which is no more than a guess for later drafts, is asked of the fullest draft of each block alone. That
+halves the tree and costs hardly a draft.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class FreeDave(Candidates, Committer):
             "which float32 rounds in its last bits and bfloat16 much earlier. Where a model sees the "
             "whole text, each pass computes num_draft times as many positions, so fewer passes are "
             "less time only where the machine has computing power to spare. Where it sees blocks, a "
-            "pass computes some blocks for each draft, and that pays on processors too. A threshold below 1 is lossy, and not always the same as "
-            "threshold decoding. On top of a cache it is exact against the same cache alone, but for "
+            "pass computes about one block for each draft, and that pays on processors too. A "
+            "threshold below 1 is lossy, and not always the same as threshold decoding. On top of a cache it is exact against the same cache alone, but for "
             "one that refreshes every so many passes."
         ),
     )

@@ -202,7 +202,7 @@ class _View(Cache):
 
 def _width(rows: int) -> int:
     """The compiled width of so many rows."""
-    step = 8 if rows <= 16 else 16 if rows <= NARROW else 64
+    step = 8 if rows <= 8 else 32 if rows <= NARROW else 64
     return -(-rows // step) * step
 
 

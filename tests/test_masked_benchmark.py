@@ -79,6 +79,13 @@ def test_a_block_length_is_kept_to_and_checked() -> None:
     with pytest.raises(HastenError, match="fill masks"):
         hasten.bench("code-lm-tiny", block_length=4, record=False)
     found = hasten.bench(
-        model, "freedave", max_new_tokens=8, block_length=1, rounds=5, quality=False, record=False
+        model,
+        "freedave",
+        runner="eager",
+        max_new_tokens=8,
+        block_length=1,
+        rounds=5,
+        quality=False,
+        record=False,
     ).to_dict()
     assert found["workload"]["block_length"] == 1 and found["rows"][0]["proof"]["passed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ from hasten.technique import Parts, Technique
 PLAN_FILE = "plan.toml"
 
 Applied = CausalModel | MaskedModel | DenoiseModel
+
+ENGINES: Mapping[str, Callable[..., Applied]] = {
+    "causal": CausalModel,
+    "denoise": DenoiseModel,
+    "masked": MaskedModel,
+}
 
 Model = Any  # str | os.PathLike[str] | nn.Module | Subject | a Diffusers pipeline
 
@@ -67,11 +73,7 @@ def put(
 ) -> Applied:
     """Put a plan on an open subject, by the engine that runs it."""
     check_engine(subject, plan)
-    if subject.engine == "causal":
-        return CausalModel(subject, plan, runner=runner, parts=parts)
-    if subject.engine == "denoise":
-        return DenoiseModel(subject, plan, runner=runner, parts=parts)
-    return MaskedModel(subject, plan, runner=runner, parts=parts)
+    return ENGINES[subject.engine](subject, plan, runner=runner, parts=parts)
 
 
 def check_engine(subject: Subject, plan: Plan) -> None:

@@ -20,6 +20,11 @@ R = TypeVar("R")
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def runs_on(runner: str, plan: Plan) -> bool:
+    """Whether every technique of the plan can run on a runner."""
+    return all(runner in technique.terms().runners for technique in plan)
+
+
 def check_runs_on(runner: str, plan: Plan) -> None:
     """Raise a PlanError where a technique of the plan cannot run on a runner."""
     for technique in plan:

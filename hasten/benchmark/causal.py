@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.applied import runs_on
 from hasten.benchmark.ceilings import BaselineTimes, plan_ceiling, token_work
+from hasten.benchmark.choice import Setting, settings_of
 from hasten.benchmark.judge import Answers, answer, compare, prove
 from hasten.benchmark.missing import check_parts, train_parts
 from hasten.benchmark.verdict import claims_of, loss_of, own_activity, verdict
@@ -99,56 +101,50 @@ class CausalJob:
         narrower one would round them. float32 has to be faster beyond the noise, since it takes
         twice the memory. Compiling is not counted.
         """
-        subjects = [self.subject]
-        if stored is not None and stored.model.dtype != self.subject.model.dtype:
-            subjects = [stored, self.subject]
         names = ("eager", "compiled") if wanted == "auto" else (wanted,)
-        if len(subjects) * len(names) == 1:
+        settings = {each.label: each for each in settings_of(self.subject, stored, names)}
+        if len(settings) == 1:
             return wanted
         calls: dict[str, Callable[[], Sample]] = {}
-        settings: dict[str, tuple[Subject, str]] = {}
-        for subject in subjects:
-            for name in names:
-                label = f"{str(subject.model.dtype).removeprefix('torch.')} {name}"
-                self.tick(len(settings), len(subjects) * len(names), f"trying {label}")
-                self.subject = subject
-                contender = self._open(Plan(()), name)
-                call = partial(self._call, contender, self.work.prompts[:1])
-                settings[label] = (subject, name)
-                try:
-                    call()  # compiles
-                except HastenError:
-                    raise
-                except (
-                    Exception
-                ) as error:  # a compiler that is missing or fails is no reason to stop
-                    self.tick(0, 1, f"{label} does not run here: {type(error).__name__}")
-                else:
-                    calls[label] = call
+        for number, (label, setting) in enumerate(settings.items()):
+            self.tick(number, len(settings), f"trying {label}")
+            self.subject = setting.subject
+            contender = self._open(Plan(()), setting.runner)
+            call = partial(self._call, contender, self.work.prompts[:1])
+            try:
+                call()  # compiles
+            except HastenError:
+                raise
+            except Exception as error:  # a compiler that is missing or fails is no reason to stop
+                self.tick(0, 1, f"{label} does not run here: {type(error).__name__}")
+            else:
+                calls[label] = call
         if not calls:
             raise HastenError(f"The runner {wanted!r} does not run here; use --runner auto.")
         timings = interleave(calls, rounds=CHOICE_ROUNDS, warmup=1, on_tick=self.tick)
+        subjects = {id(each.subject): each.subject for each in settings.values()}.values()
         best = [self._faster(timings, calls, settings, subject) for subject in subjects]
         other = len(best) > 1 and timings.ratio(best[1], to=best[0]).is_faster
-        self.subject, runner = settings[best[1] if other else best[0]]
-        return runner
+        chosen = settings[best[1] if other else best[0]]
+        self.subject = chosen.subject
+        return chosen.runner
 
     @staticmethod
     def _faster(
         timings: Timings,
         calls: Mapping[str, Any],
-        settings: Mapping[str, tuple[Subject, str]],
+        settings: Mapping[str, Setting],
         subject: Subject,
     ) -> str:
         """The fastest setting of one subject."""
-        mine = [label for label in calls if settings[label][0] is subject]
+        mine = [label for label in calls if settings[label].subject is subject]
         return min(mine, key=lambda label: timings.seconds(label).median)
 
     def contenders(self, plans: list[Plan], chosen: str, *, forced: bool) -> dict[str, _Contender]:
         """The baseline and all plans, each on the chosen runner or on the one that can carry it."""
         found = {BASELINE: self._open(Plan(()), chosen)}
         for plan in plans:
-            fits = all(chosen in technique.contract.runners for technique in plan)
+            fits = runs_on(chosen, plan)
             if not fits and forced:
                 raise PlanError(f"{plan} does not run on the {chosen!r} runner; use --runner auto.")
             found[str(plan)] = self._open(plan, chosen if fits else "eager")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hasten.applied import runs_on
 from hasten.benchmark.calls import (
     Array,
     Picture,
@@ -86,7 +87,7 @@ class DenoiseJob:
         """Put all plans on the subject, on a runner where their techniques can run on it."""
         self.contenders = {}
         for plan in [Plan(()), *self.plans]:
-            able = forced or all(runner in technique.terms().runners for technique in plan)
+            able = forced or runs_on(runner, plan)
             self.contenders[str(plan) or BASELINE] = DenoiseModel(
                 self.subject, plan, runner=runner if able else "eager", exclusive=False
             )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.applied import runs_on
 from hasten.benchmark.choice import Setting, fastest, settings_of
 from hasten.benchmark.judge import agreement_entry, estimate_entry, prove_lossy, shares_entry
 from hasten.benchmark.missing import check_parts, train_parts
@@ -113,7 +114,7 @@ class MaskedJob:
         """
         self.contenders = {}
         for plan in plans:
-            able = forced or all(runner in technique.terms().runners for technique in plan)
+            able = forced or runs_on(runner, plan)
             self.contenders[str(plan) or BASELINE] = MaskedModel(
                 self.subject, plan, runner=runner if able else "eager", exclusive=False
             )

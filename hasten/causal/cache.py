@@ -11,13 +11,43 @@ the batch. Holes are never attended to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 GROWTH = 64  # entries by which an evicted buffer is longer than what it holds
+
+
+class Handover(Cache):
+    """A transformers `Cache` as models see it: they hand over keys and values, and read an answer.
+
+    It tells them no length; positions are always given.
+    """
+
+    def __init__(self, layers: Sequence[Any] = ()) -> None:
+        super().__init__(layers=list(layers))  # type: ignore[misc]
+
+    def update(  # type: ignore[override]
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """What models call; see `exchange`."""
+        return self.exchange(layer_idx, key_states, value_states)
+
+    def exchange(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one layer's (batch, kv_heads, rows, head_dim); return what the pass reads in it."""
+        raise NotImplementedError
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing that a pass needs to know."""
+        return 0
 
 
 class PositionTable:
@@ -156,7 +186,7 @@ class LayerCache:
         return twin
 
 
-class KVCache(Cache):
+class KVCache(Handover):
     """The cache of one model in one call; a transformers `Cache`, so models run on it as they are."""
 
     layers: list[LayerCache]  # type: ignore[assignment]  # transformers' own kinds never stand here
@@ -164,22 +194,15 @@ class KVCache(Cache):
     def __init__(self, num_layers: int, batch: int, capacity: int, device: torch.device) -> None:
         buffer = torch.full((batch, 1, capacity), -1, dtype=torch.long, device=device)
         table = PositionTable(buffer, 0, has_holes=False)
-        super().__init__(layers=[LayerCache(table, capacity) for _ in range(num_layers)])  # type: ignore[misc]
+        super().__init__([LayerCache(table, capacity) for _ in range(num_layers)])
         self.batch = batch
         self.block = 0  # entries appended by the pass in flight, not committed yet
         self.kept: Tensor | None = None  # what the last commit kept of its block (see `commit`)
 
     # -- what models call ----------------------------------------------------------------------
-    def update(  # type: ignore[override]
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
+    def exchange(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append a block to one layer and return all its keys and values."""
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.layers[layer].update(keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Entries in use in one layer (not the number of tokens seen, once something is evicted)."""

@@ -143,14 +143,12 @@ class Tree:
         first: the position at which the rows begin; what stands before is the same in all drafts.
         columns: (rows,) the position in the text of each row.
         draft: (rows,) the draft whose tokens it holds.
-        lines: for each draft the row of each position from `first` on; -1 for none.
-        owner: (drafts, width) the same as a tensor.
+        owner: (drafts, width) for each draft the row of each position from `first` on; -1 for none.
     """
 
     first: int
     columns: Tensor
     draft: Tensor
-    lines: list[list[int]]
     owner: Tensor
 
     @classmethod
@@ -173,22 +171,21 @@ class Tree:
         width = max(ends) - first
         columns: list[int] = []
         draft: list[int] = []
-        lines: list[list[int]] = []
+        owner: list[list[int]] = []
         # Some dozens of numbers: lists are quicker than a tensor for each draft.
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             shared: list[int] = []
-            if lines:
+            if owner:
                 start = min(start, ends[index - 1])  # what that draft lacks is not shared
-                shared = lines[-1][: min(start, end) - first]
+                shared = owner[-1][: min(start, end) - first]
             rows = range(len(columns), len(columns) + max(0, end - start))
             line = [*shared, *rows]
-            lines.append(line + [-1] * (width - len(line)))
+            owner.append(line + [-1] * (width - len(line)))
             columns += range(start, start + len(rows))
             draft += [index] * len(rows)
-        places, drafts_of, owner = (
-            torch.tensor(part, device=drafts.device) for part in (columns, draft, lines)
+        return cls(
+            first, *(torch.tensor(part, device=drafts.device) for part in (columns, draft, owner))
         )
-        return cls(first, places, drafts_of, lines, owner)
 
     def tokens(self, drafts: Tensor) -> Tensor:
         """(batch, rows) the ids of the rows, of drafts (batch, drafts, length)."""

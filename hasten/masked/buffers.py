@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache
+
+from hasten.causal.cache import Handover
 
 ALL_LAYERS = slice(None)
 
 
-class Buffers(Cache):
+class Buffers(Handover):
     """Keys and values of all positions of a text, of all layers in one tensor.
 
     A pass writes what it computed and reads what it may see: an eager one layer after layer
-    (`update`), a compiled one reads `states` itself and hands over all layers at its end (`write`).
+    (`exchange`), a compiled one reads `states` itself and hands over all layers at its end (`write`).
 
     Attributes:
         states: (layers, 2, batch, kv_heads, capacity, head_dim), keys and values; None before the
@@ -22,7 +23,7 @@ class Buffers(Cache):
     """
 
     def __init__(self, length: int) -> None:
-        super().__init__(layers=[])  # type: ignore[misc]
+        super().__init__()
         self.states: Tensor | None = None
         self.length = length
         self._shape = (0, 0)
@@ -75,22 +76,11 @@ class Buffers(Cache):
         """
         raise NotImplementedError
 
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
-        """Take one layer's keys and values (batch, kv_heads, rows, head_dim); return what is read."""
-        self.write(layer_idx, torch.stack((key_states, value_states)))
-        keys, values = self.read(layer_idx).unbind(0)
+    def exchange(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Handover.exchange`."""
+        self.write(layer, torch.stack((keys, values)))
+        keys, values = self.read(layer).unbind(0)
         return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given, so nobody needs to know."""
-        return 0
 
     def num_bytes(self) -> int:
         """Bytes of all buffers."""

@@ -66,17 +66,17 @@ class Denoiser:
             end = cache.end(int(source.max()))
             cache.expect(first, end, tokens)
             tokens, positions = tokens[:, first:end], positions[:, first:end]
-            looking = torch.arange(first, end, device=tokens.device)
-            visible = self._visible(looking, end, pads)
+            looking, seen = torch.arange(first, end, device=tokens.device), end
             kept = source - first
         elif rows is not None:
             assert cache is not None and not cache.is_empty, "the first pass is over all rows"
             tokens, positions = tokens[:, rows], positions[:, rows]
+            looking, seen = rows, length
             kept = torch.searchsorted(rows, source)
-            visible = self._visible(rows, length, pads)
         else:
+            looking, seen = torch.arange(length, device=tokens.device), length
             kept = source
-            visible = self._visible(torch.arange(length, device=tokens.device), length, pads)
+        visible = self._visible(looking, seen, pads)
         if isinstance(cache, Projections):
             cache.rows = rows
         logits = self.runner.logits(Look(tokens, positions, kept, visible, cache, embeddings))
@@ -180,7 +180,7 @@ def _speakers(
         asked, or -1; and the rows that are asked, ascending.
     """
     speaker = [[-1] * len(wanted)]
-    for line, end in zip(reversed(tree.lines), reversed(ends), strict=True):
+    for line, end in zip(reversed(tree.owner.tolist()), reversed(ends), strict=True):
         speaker.append(
             [
                 line[position - tree.first] if place < end else later

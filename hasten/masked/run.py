@@ -361,24 +361,26 @@ class Run:
             row: (drafts, wanted) which of the rows speaks of a draft's place; -1 for none.
         """
         batch, count = drafts.shape[:2]
-        told = row.clamp(min=0)
-        if self.sampler.takes_the_likeliest:  # so nothing depends on the draft: once a row will do
-            best = logits.argmax(dim=-1)
-            sure = chance(logits, best)[:, told]
-            best, every = best[:, told], logits
-        else:
-            every = logits[:, told]
+        told, known = row.clamp(min=0), row >= 0
+        if not self._reads_rows_alone:
             entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
-            text = drafts.masked_fill(self.columns < self.pads[:, None, None], self.mask_id)
-            flat = every.flatten(0, 1)
-            best = self.sampler.best(flat, text.flatten(0, 1), wanted, self.mask_id, entries)
-            sure = chance(flat, best).unflatten(0, (batch, count))
-            best = best.unflatten(0, (batch, count))
+            of_each = logits[:, told].flatten(0, 1)
+            flat = drafts.flatten(0, 1)
+            guess = self._read(flat, of_each, wanted, self.pads[entries], entries).unflatten(batch)
+            guess.confidence[:, :, wanted] *= known
+            return guess
+        best = logits.argmax(dim=-1)
         tokens, confidence = drafts.clone(), torch.zeros_like(drafts, dtype=logits.dtype)
-        first, end = int(wanted[0]), int(wanted[-1]) + 1
-        tokens[:, :, first:end] = best
-        confidence[:, :, first:end] = sure * (row >= 0)
+        tokens[:, :, wanted] = best[:, told]
+        confidence[:, :, wanted] = chance(logits, best)[:, told] * known
         return Guess(tokens, confidence, logits, wanted, row)
+
+    @property
+    def _reads_rows_alone(self) -> bool:
+        """Whether what logits say of a place depends on nothing else, so that drafts may share it."""
+        committer = self.slots.committer
+        revises = committer is not None and type(committer[0]).revise is not Committer.revise
+        return self.sampler.takes_the_likeliest and not revises
 
     # -- the loop ----------------------------------------------------------------------------------
     def cancel(self) -> None:

@@ -43,15 +43,6 @@ class Guess:
     wanted: Tensor
     row: Tensor | None = None
 
-    def take(self, entries: Tensor) -> Guess:
-        """The given entries of the batch."""
-        return Guess(
-            self.tokens.index_select(0, entries),
-            self.confidence.index_select(0, entries),
-            self.logits.index_select(0, entries),
-            self.wanted,
-        )
-
     def unflatten(self, batch: int) -> Guess:
         """One about texts (batch * drafts, length) as one about drafts."""
         tokens, confidence, logits = (

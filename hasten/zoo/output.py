@@ -45,6 +45,11 @@ def checked_output(output: Path) -> Path:
     return output.absolute()
 
 
+def beside_output(output: Path, part: str) -> Path:
+    """A file that a run keeps beside its output until it is over."""
+    return output.parent / f".{output.name}.{part}.safetensors"
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to write to, which takes the place of `output` when the block ends well."""

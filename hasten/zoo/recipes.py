@@ -35,6 +35,7 @@ from hasten.zoo.denoisers import recipes as pictures
 from hasten.zoo.denoisers.recipes import AnyRecipe as PictureModel
 from hasten.zoo.output import (
     Card,
+    beside_output,
     checked_output,
     describe_run,
     new_folder,
@@ -142,11 +143,13 @@ class Conversion:
                 )
 
 
-def _block_echo(*, texts: int, steps: int, skip: int = 0, compile: bool = True) -> Echo:
-    """A part of block diffusion on the base's own texts."""
+def _echo(
+    *, texts: int, tokens: int, batch_tokens: int = 8_192, skip: int = 0, compile: bool = False
+) -> Echo:
+    """A part on the base's own texts, of 128 tokens after as many of the corpus."""
     training = Settings(
-        tokens=steps * 4_096,
-        batch_tokens=4_096,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
         stages=(Stage(length=256, share=1.0),),
         matrix_lr=0.005,
         other_lr=1e-3,
@@ -202,19 +205,7 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 other_lr=1e-3,
                 compile=False,  # the states of all layers are caught by hooks
             ),
-            echoes=(
-                Echo(
-                    texts=8_192,
-                    prompt=128,
-                    training=Settings(
-                        tokens=10_000_000,
-                        stages=(Stage(length=256, share=1.0),),
-                        matrix_lr=0.005,
-                        other_lr=1e-3,
-                        compile=False,
-                    ),
-                ),
-            ),
+            echoes=(_echo(texts=8_192, tokens=10_000_000),),
         ),
         Conversion(
             name="code-dlm-block",
@@ -228,9 +219,15 @@ RECIPES: dict[str, Recipe | Conversion] = {
                 compile=False,
             ),
             echoes=(
-                _block_echo(texts=4_096, steps=850, compile=False),
+                _echo(texts=4_096, tokens=850 * 4_096, batch_tokens=4_096),
                 # It learns these by heart in a second round, so there are many.
-                _block_echo(texts=16_384, steps=1_650, skip=4_096),
+                _echo(
+                    texts=16_384,
+                    tokens=1_650 * 4_096,
+                    batch_tokens=4_096,
+                    skip=4_096,
+                    compile=True,
+                ),
             ),
         ),
     )
@@ -313,7 +310,7 @@ def train(
         )
     packed = PackedTokens(tokenize(corpus.train, tokenizer), seed=seed)
     held_out = [file.text for file in corpus.held_out]
-    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    checkpoint = beside_output(output, "checkpoint")
     with torch_state(threads, seed), keep_freed_memory():
         model = LlamaForCausalLM(chosen.config(tokenizer))
         outcome = fit(
@@ -370,12 +367,8 @@ def _convert(
     tokenizer.add_special_tokens({"mask_token": MASK})
     files = FileWindows(tokenize(corpus.train, tokenizer), seed=chosen.training.seed)
     held_out = FileWindows(tokenize(corpus.held_out, tokenizer)).batch(0, HELD_OUT_ROWS, 256)
-    beside = [
-        output.parent / f".{output.name}.{part}{number}.safetensors"
-        for number in range(1, len(chosen.echoes) + 1)
-        for part in ("texts", "echo")
-    ]
-    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    checkpoint = beside_output(output, "checkpoint")
+    kept = [checkpoint]  # files of the run, until it is over
     with torch_state(threads, chosen.training.seed), keep_freed_memory():
         base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model = copy.deepcopy(base)
@@ -399,8 +392,11 @@ def _convert(
                 label=chosen.name,
             )
         ]
-        for number, echo in enumerate(chosen.echoes):
-            texts, its_checkpoint = beside[2 * number : 2 * number + 2]
+        for number, echo in enumerate(chosen.echoes, start=1):
+            texts, its_checkpoint = (
+                beside_output(output, f"{kind}{number}") for kind in ("texts", "echo")
+            )
+            kept += [texts, its_checkpoint]
             outcomes.append(
                 _learn_the_echo(
                     echo,
@@ -412,7 +408,7 @@ def _convert(
                     texts=texts,
                     checkpoint=its_checkpoint,
                     resume=resume,
-                    of=f"{_identity(chosen)}, part {number + 2}",
+                    of=f"{_identity(chosen)}, part {number + 1}",
                     quiet=quiet,
                 )
             )
@@ -426,7 +422,7 @@ def _convert(
         quality |= masked_quality(model, held_out, mask_id, block_length=chosen.block_length)
         quality |= quality_by_tokens_a_pass(model, tokenizer, base, held_out[:NUM_PASSAGES, :96])
         card = export(model, tokenizer, chosen, output, outcomes, corpus, files, quality)
-    for file in (checkpoint, *beside):
+    for file in kept:
         file.unlink(missing_ok=True)
     return card
 

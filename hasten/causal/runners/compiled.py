@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hasten.causal.attention import STATIC_NAME, engine_attention
-from hasten.causal.cache import KVCache
+from hasten.causal.cache import Handover, KVCache
 from hasten.causal.runners.base import Block, Output
 from hasten.causal.runners.eager import EagerRunner
 from hasten.causal.slots import KV
@@ -99,7 +99,9 @@ class CompiledRunner(EagerRunner):
         caught = self._head.value
         return Output(logits[:, rows], caught[:, rows] if hidden and caught is not None else None)
 
-    def _static_pass(self, tokens: Tensor, positions: Tensor, mask: Tensor, view: Cache) -> Tensor:
+    def _static_pass(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, view: _StaticView
+    ) -> Tensor:
         return self.model(
             input_ids=tokens,
             position_ids=positions,
@@ -109,31 +111,19 @@ class CompiledRunner(EagerRunner):
         ).logits
 
 
-class _StaticView(Cache):
+class _StaticView(Handover):
     """The buffers of a cache as a compiled pass sees them: whole, written at given slots."""
 
     def __init__(self, buffers: list[tuple[Tensor, Tensor]], slots: Tensor) -> None:
-        super().__init__(layers=[])  # type: ignore[misc]
+        super().__init__()
         self.buffers = buffers
         self.slots = slots
 
-    def update(  # type: ignore[override]
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
+    def exchange(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a block at the slots; return the whole buffers."""
-        keys, values = self.buffers[layer_idx]
-        keys.index_copy_(2, self.slots, key_states)
-        values.index_copy_(2, self.slots, value_states)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not known to a static pass; positions are always given."""
-        return 0
+        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+            buffer.index_copy_(2, self.slots, new)
+        return self.buffers[layer]
 
 
 class _CaughtInput:

@@ -65,7 +65,8 @@ class FreeDave(Candidates, Committer):
             "whole text, each pass computes num_draft times as many positions, so fewer passes are "
             "less time only where the machine has computing power to spare. Where it sees blocks, a "
             "pass computes about one block for each draft, and that pays on processors too. A "
-            "threshold below 1 is lossy, and not always the same as threshold decoding. On top of a cache it is exact against the same cache alone, but for "
+            "threshold below 1 is lossy, and not always the same as threshold decoding. On top of a "
+            "cache it is exact against the same cache alone, but for "
             "one that refreshes every so many passes."
         ),
     )
@@ -115,9 +116,8 @@ class FreeDave(Candidates, Committer):
 
     def verify(self, state: Any, run: Run, drafts: Tensor, guess: Guess | None) -> Tensor:
         """(batch,) the furthest draft that the guesses confirm, one after the other."""
-        last = drafts.shape[1] - 1
         if not self.checked:
-            best = torch.full_like(drafts[:, 0, 0], last)
+            best = torch.full_like(drafts[:, 0, 0], drafts.shape[1] - 1)
         elif guess is None:
             best = torch.zeros_like(drafts[:, 0, 0])
         else:

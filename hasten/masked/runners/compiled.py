@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from hasten.causal.attention import engine_attention
+from hasten.causal.cache import Handover
 from hasten.masked.attention import check_plain
 from hasten.masked.buffers import ALL_LAYERS
 from hasten.masked.runners.base import Look
@@ -38,7 +39,6 @@ _TILES = {
     "max_autotune_gemm_backends": "CPP",
     "autotune_num_choices_displayed": 0,
 }
-
 
 _NUMBERS = itertools.count()  # of runners; memory of a model that is gone may be another's
 
@@ -172,32 +172,21 @@ def attention(
 AttentionInterface.register(NAME, attention)
 
 
-class _View(Cache):
+class _View(Handover):
     """The buffers of a text as a compiled pass sees them: whole, with its own rows behind them."""
 
     def __init__(self, buffers: Tensor | None) -> None:
-        super().__init__(layers=[])  # type: ignore[misc]
+        super().__init__()
         self.buffers = buffers
         self.fresh: list[Tensor] = []
 
-    def update(  # type: ignore[override]
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:
-        """Note one layer's keys and values (batch, kv_heads, rows, head_dim); return what is read."""
-        self.fresh.append(torch.stack((key_states, value_states)))
+    def exchange(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Handover.exchange`; what is handed over is noted in `fresh`."""
+        self.fresh.append(torch.stack((keys, values)))
         if self.buffers is None:
-            return key_states, value_states
-        keys, values = self.buffers[layer_idx].unbind(0)
-        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not known to a static pass; positions are always given."""
-        return 0
+            return keys, values
+        older_keys, older_values = self.buffers[layer].unbind(0)
+        return torch.cat((older_keys, keys), dim=2), torch.cat((older_values, values), dim=2)
 
 
 def _width(rows: int) -> int:

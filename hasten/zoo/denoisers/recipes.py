@@ -18,6 +18,7 @@ from hasten.training.memory import keep_freed_memory
 from hasten.zoo.denoisers.data import SceneClips, ScenePictures
 from hasten.zoo.output import (
     Card,
+    beside_output,
     checked_output,
     describe_run,
     new_folder,
@@ -301,7 +302,7 @@ def train(
         settings = replace(settings, tokens=min(max_tokens, settings.tokens))
     chosen = replace(chosen, training=settings)
     output = checked_output(Path(output))
-    checkpoint = output.parent / f".{output.name}.checkpoint.safetensors"
+    checkpoint = beside_output(output, "checkpoint")
     run = _Run(output, checkpoint, resume, quiet, parts)
     if not isinstance(chosen, JudgeRecipe) and find_spec("diffusers") is None:
         raise HastenError(

@@ -43,8 +43,8 @@ def test_a_pass_says_what_a_pass_over_everything_says(
     for step in range(24):
         first = int(torch.randint(7, LENGTH - 1, (), generator=chance))
         wanted = torch.arange(first, min(first + 6, LENGTH))
-        said = ours.logits(ids, wanted, pads=pads, cache=store)
-        plain = ours.logits(ids, wanted, pads=pads)
+        said = ours.read(ids, wanted, pads=pads, cache=store).logits
+        plain = ours.read(ids, wanted, pads=pads).logits
         torch.testing.assert_close(said, plain, rtol=0, atol=1e-5)
         # Fill a place somewhere, or open one again, anywhere behind the padding.
         row = step % 2
@@ -58,7 +58,7 @@ def test_a_token_that_changes_makes_stale_what_follows_its_block() -> None:
     ours, ids = denoiser(False), texts(1, 12)
     store = BlockStore(ids, SIZE, torch.tensor([0]))
     assert store.stale(ids) == 0  # nothing was computed
-    ours.logits(ids, torch.arange(12, 16), cache=store)
+    ours.read(ids, torch.arange(12, 16), cache=store)
     assert store.seen[0, :16].tolist() == ids[0, :16].tolist()
     assert store.seen[0, 16:].tolist() == [NEVER] * 6  # it does not look so far
     assert store.stale(ids) == 16
@@ -110,14 +110,15 @@ def test_a_tree_says_what_each_draft_alone_says(
     ours, pads, size = denoiser(shifted), torch.tensor(padding), len(padding)
     ids = texts(size, open_from)
     store = BlockStore(ids, SIZE, pads)
-    ours.logits(ids, torch.arange(open_from, open_from + 4), pads=pads, cache=store)
+    ours.read(ids, torch.arange(open_from, open_from + 4), pads=pads, cache=store)
     drafts = nested(ids, 7)
     ends = [min(open_from + 5 + index, LENGTH) for index in range(7)]
-    logits, tree, row = ours.drafts(drafts, open_from, ends, store)
+    of_rows, tree, row = ours.drafts(drafts, open_from, ends, store)
+    logits = of_rows.logits
     assert row.shape == (7, ends[-1] - open_from) and int(row.max()) + 1 == logits.shape[1]
     for index, end in enumerate(ends):
         wanted = torch.arange(open_from, end)
-        plain = ours.logits(drafts[:, index], wanted, pads=pads)
+        plain = ours.read(drafts[:, index], wanted, pads=pads).logits
         said = logits[:, row[index, : len(wanted)]]
         torch.testing.assert_close(said, plain, rtol=0, atol=1e-5)
     # Behind its end speaks the next draft that goes so far.
@@ -130,8 +131,8 @@ def test_a_tree_says_what_each_draft_alone_says(
     now = drafts[torch.arange(size), best]
     assert store.stale(now) >= open_from // SIZE * SIZE
     wanted = torch.arange(open_from, LENGTH)
-    said = ours.logits(now, wanted, pads=pads, cache=store)
-    torch.testing.assert_close(said, ours.logits(now, wanted, pads=pads), rtol=0, atol=1e-5)
+    said = ours.read(now, wanted, pads=pads, cache=store).logits
+    torch.testing.assert_close(said, ours.read(now, wanted, pads=pads).logits, rtol=0, atol=1e-5)
 
 
 def test_a_tree_computes_what_drafts_share_once() -> None:

@@ -189,7 +189,7 @@ def seen_both_ways(model: PreTrainedModel, ids: Tensor, visible: Tensor | None =
 def everywhere(subject: Any, ids: Tensor) -> Tensor:
     """The engine's logits of all positions as the model says them, not moved to their places."""
     form = MaskedForm(subject.form.mask_id, False, subject.form.block_length)
-    return Denoiser(subject.model, form).logits(ids, torch.arange(ids.shape[1]))
+    return Denoiser(subject.model, form).read(ids, torch.arange(ids.shape[1])).logits
 
 
 @pytest.mark.parametrize("shards", [1, 3])

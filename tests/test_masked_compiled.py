@@ -113,13 +113,33 @@ def test_a_compiled_graph_says_what_the_model_says(dtype: torch.dtype) -> None:
     tokens[:, 12:] = MASK
     blocks = torch.arange(20) // SIZE
     visible = (blocks[:, None] >= blocks)[None, None]
-    look = Look(tokens, torch.arange(20)[None], torch.arange(12, 20), visible)
-    eager, compiled = (kind(model).logits(look) for kind in (EagerRunner, CompiledRunner))
-    assert compiled.dtype == eager.dtype and compiled.shape == eager.shape
+    look = Look(tokens, torch.arange(20)[None], torch.arange(12, 20), MASK, visible)
+    with torch.no_grad():  # two tokens that are always as likely as each other
+        model.get_output_embeddings().weight[7] = model.get_output_embeddings().weight[3]
+    eager, compiled = (kind(model).read(look) for kind in (EagerRunner, CompiledRunner))
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=tolerance)
-    # Which of them stands out is the same.
-    assert torch.equal(compiled.float().argmax(-1), eager.float().argmax(-1))
+    torch.testing.assert_close(compiled.logits, eager.logits, rtol=0, atol=tolerance)
+    assert torch.equal(compiled.best, eager.best)
+    for said in (eager, compiled):
+        assert said.logits.dtype == torch.float32
+        assert bool((said.logits[..., MASK] == -torch.inf).all())
+        assert torch.equal(said.best, said.logits.argmax(dim=-1))
+        likely = said.logits.softmax(dim=-1).amax(dim=-1)
+        torch.testing.assert_close(said.chance, likely, rtol=1e-5, atol=1e-6)
+
+
+def test_of_equally_likely_tokens_a_compiled_graph_takes_the_first_too() -> None:
+    model = filler(block_length=SIZE)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(0.25)
+    tokens = prompt(1, 20)
+    for width in (8, 20):
+        look = Look(tokens[:, :width], torch.arange(width)[None], torch.arange(width), MASK)
+        said = CompiledRunner(model).read(look)
+        assert not bool(said.best.any()) and MASK != 0
+        vocabulary = said.logits.shape[-1]
+        expected = torch.full_like(said.chance, 1 / (vocabulary - 1))
+        torch.testing.assert_close(said.chance, expected, rtol=1e-5, atol=0)
 
 
 def test_another_runner_is_refused() -> None:

@@ -421,11 +421,11 @@ def test_projections_of_all_rows_equal_none(family: str, form: str) -> None:
     wanted, every = torch.arange(7, 18), torch.arange(18)
     cache = Projections(18)
     for _ in range(3):
-        plain = denoiser.logits(tokens, wanted, pads=pads)
-        kept = denoiser.logits(
+        plain = denoiser.read(tokens, wanted, pads=pads).logits
+        kept = denoiser.read(
             tokens, wanted, pads=pads, cache=cache, rows=None if cache.is_empty else every
         )
-        torch.testing.assert_close(kept, plain, atol=1e-6, rtol=0)
+        torch.testing.assert_close(kept.logits, plain, atol=1e-6, rtol=0)
         place = int((tokens[0] == MASK).nonzero()[0])
         tokens[:, place] = 11
     assert cache.num_bytes() == 2 * 2 * 2 * 2 * 18 * 8 * 4  # sides, layers, batch, heads, ...
@@ -439,16 +439,16 @@ def test_rows_that_are_left_out_keep_their_old_projections() -> None:
     tokens = holes(12, 4, 5, 6)
     wanted, rows = torch.tensor([4, 5, 6]), torch.tensor([3, 4, 5, 6])
     cache = Projections(12)
-    denoiser.logits(tokens, wanted, cache=cache)
-    same = denoiser.logits(tokens, wanted, cache=cache, rows=rows)
-    torch.testing.assert_close(same, denoiser.logits(tokens, wanted), atol=1e-5, rtol=0)
+    denoiser.read(tokens, wanted, cache=cache)
+    same = denoiser.read(tokens, wanted, cache=cache, rows=rows).logits
+    torch.testing.assert_close(same, denoiser.read(tokens, wanted).logits, atol=1e-5, rtol=0)
     moved = tokens.clone()
     moved[0, 10] = 3  # outside the rows: a pass over them does not see it
-    stale = denoiser.logits(moved, wanted, cache=cache, rows=rows)
+    stale = denoiser.read(moved, wanted, cache=cache, rows=rows).logits
     torch.testing.assert_close(stale, same, atol=1e-5, rtol=0)
-    fresh = denoiser.logits(moved, wanted, cache=cache)
+    fresh = denoiser.read(moved, wanted, cache=cache).logits
     assert not torch.allclose(fresh, same, atol=1e-3)
-    torch.testing.assert_close(fresh, denoiser.logits(moved, wanted), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fresh, denoiser.read(moved, wanted).logits, atol=1e-5, rtol=0)
 
 
 # -- apply and undo --------------------------------------------------------------------------------

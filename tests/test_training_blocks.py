@@ -41,7 +41,7 @@ def test_each_branch_says_what_decoding_hears(ahead: int) -> None:
         text = ids.clone()
         text[:, first:] = MASK
         text[:, places] = inputs[:, own]
-        torch.testing.assert_close(said[:, own], plain.logits(text, places), rtol=0, atol=1e-5)
+        torch.testing.assert_close(said[:, own], plain.read(text, places).logits, rtol=0, atol=1e-5)
         # All of what is ahead is hidden, and of its block some.
         behind = layout.ahead[own] > 0
         assert bool((text[:, places[behind]] == MASK).all())

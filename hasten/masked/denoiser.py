@@ -1,4 +1,4 @@
-"""A language model as one function: logits for places of a partly masked text."""
+"""A language model as one function: what it says of places of a partly masked text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hasten.masked.blocks import BlockStore, Tree
 from hasten.masked.projections import Projections
-from hasten.masked.runners import EagerRunner, Look, Runner
+from hasten.masked.runners import EagerRunner, Look, Runner, Said
 from hasten.subject import MaskedForm
 
 
@@ -30,7 +30,7 @@ class Denoiser:
         self.positions = 0
 
     @torch.no_grad()
-    def logits(
+    def read(
         self,
         tokens: Tensor,
         wanted: Tensor,
@@ -39,8 +39,8 @@ class Denoiser:
         cache: Projections | BlockStore | None = None,
         rows: Tensor | None = None,
         embeddings: Tensor | None = None,
-    ) -> Tensor:
-        """What the model says of some places: (batch, wanted, vocabulary) float32, never the mask.
+    ) -> Said:
+        """What the model says of some places, (batch, wanted); never the mask.
 
         Args:
             tokens: (batch, length) ids, masks among them.
@@ -79,16 +79,16 @@ class Denoiser:
         visible = self._visible(looking, seen, pads)
         if isinstance(cache, Projections):
             cache.rows = rows
-        logits = self.runner.logits(Look(tokens, positions, kept, visible, cache, embeddings))
+        said = self.runner.read(
+            Look(tokens, positions, kept, self.form.mask_id, visible, cache, embeddings)
+        )
         self.passes += 1
         self.positions += tokens.numel()
         if alone is not None:
             speaker = torch.where(alone, wanted, self.sources(wanted))  # (batch, wanted)
             entries = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
-            logits = logits[entries, torch.searchsorted(source, speaker)]
-        logits = logits.float()
-        logits[..., self.form.mask_id] = -torch.inf
-        return logits
+            said = said[entries, torch.searchsorted(source, speaker)]
+        return said
 
     @torch.no_grad()
     def drafts(
@@ -97,7 +97,7 @@ class Denoiser:
         first: int,
         ends: list[int],
         store: BlockStore,
-    ) -> tuple[Tensor, Tree, Tensor]:
+    ) -> tuple[Said, Tree, Tensor]:
         """What a model that sees blocks says of several drafts, all in one sequence.
 
         Args:
@@ -107,9 +107,9 @@ class Denoiser:
             store: what earlier passes computed; it changes once `adopt` is called.
 
         Returns:
-            Logits (batch, rows, vocabulary) float32 of what was asked for, the tree, and (drafts,
-            places) which of the rows speaks of a draft's place, from `first` to the last of `ends`. Of
-            a place at or behind a draft's own end speaks the next draft that has it; -1 is nobody.
+            What is said of the rows that were asked, the tree, and (drafts, places) which of the rows
+            speaks of a draft's place, from `first` to the last of `ends`. Of a place at or behind a
+            draft's own end speaks the next draft that has it; -1 is nobody.
         """
         pads = store.pads
         wanted = torch.arange(first, ends[-1], device=drafts.device)
@@ -122,19 +122,18 @@ class Denoiser:
         assert visible is not None  # a model that sees blocks does not see all
         store.expect_tree(tree.first)
         positions = (tree.columns[None] - pads[:, None]).clamp(min=0)
-        said = self.runner.logits(
+        said = self.runner.read(
             Look(
                 tree.tokens(drafts),
                 positions,
                 torch.tensor(kept, device=drafts.device),
+                self.form.mask_id,
                 tree.visible(visible),
                 store,
             )
         )
         self.passes += 1
         self.positions += drafts.shape[0] * len(tree.columns)
-        said = said.float()
-        said[..., self.form.mask_id] = -torch.inf
         return said, tree, torch.tensor(row, device=drafts.device)
 
     def alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from hasten.errors import HastenError, PlanError
 from hasten.masked.blocks import BlockStore, Tree
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.projections import Projections
+from hasten.masked.runners import Said
 from hasten.masked.sampling import Sampler, chance
 from hasten.masked.slots import (
     Candidates,
@@ -256,10 +257,10 @@ class Run:
         assert self.store is not None
         first, ends = self._asked(drafts)
         before = self.denoiser.positions
-        logits, self._tree, row = self.denoiser.drafts(drafts, first, ends, self.store)
+        said, self._tree, row = self.denoiser.drafts(drafts, first, ends, self.store)
         self._count(self.denoiser.positions - before, self.store)
         wanted = torch.arange(first, max(ends), device=drafts.device)
-        return self._read_tree(drafts, logits, row, wanted)
+        return self._read_tree(drafts, said, row, wanted)
 
     def _asked(self, drafts: Tensor) -> tuple[int, list[int]]:
         """The first place that is asked for of any draft, and for each where the places end.
@@ -319,13 +320,13 @@ class Run:
             seen = tokens if rows is None else tokens[:, rows]
             embeddings = technique.embed(self.state(self.slots.embedding), self, seen, rows)
         before = self.denoiser.positions
-        logits = self.denoiser.logits(
+        said = self.denoiser.read(
             tokens, wanted, pads=pads, cache=cache, rows=rows, embeddings=embeddings
         )
         if self.slots.embedding is not None:
-            technique.heed(self.state(self.slots.embedding), self, logits, wanted)
+            technique.heed(self.state(self.slots.embedding), self, said.logits, wanted)
         self._count(self.denoiser.positions - before, cache)
-        return self._read(tokens, logits, wanted, pads, entries)
+        return self._read(tokens, said, wanted, pads, entries)
 
     def _count(self, positions: int, cache: Projections | BlockStore | None) -> None:
         self.activity["passes"] += 1
@@ -336,48 +337,54 @@ class Run:
     def _read(
         self,
         tokens: Tensor,
-        logits: Tensor,
+        said: Said,
         wanted: Tensor,
         pads: Tensor,
         entries: Tensor | None,
     ) -> Guess:
-        """What logits (batch, wanted, vocabulary) say of texts (batch, length)."""
+        """What is said of places (batch, wanted) of texts (batch, length), as the call's settings take it."""
+        logits = said.logits
         if self.slots.committer is not None:
             technique, state = self.slots.committer[0], self.state(self.slots.committer)
             logits = technique.revise(state, self, logits, wanted)
+        if logits is said.logits and self.sampler.takes_the_likeliest:
+            return self._place(tokens, said, wanted)
         # Padding is no text, and counts for no penalty.
         text = tokens.masked_fill(self.columns < pads[:, None], self.mask_id)
         best = self.sampler.best(logits, text, wanted, self.mask_id, entries)
-        guess = Guess(tokens.clone(), torch.zeros_like(tokens, dtype=logits.dtype), logits, wanted)
-        guess.tokens[:, wanted] = best
-        guess.confidence[:, wanted] = chance(logits, best)
-        return guess
+        return self._place(tokens, Said(logits, best, chance(logits, best)), wanted)
 
-    def _read_tree(self, drafts: Tensor, logits: Tensor, row: Tensor, wanted: Tensor) -> Guess:
-        """What logits say of drafts (batch, drafts, length) in a tree.
+    def _place(self, tokens: Tensor, said: Said, wanted: Tensor) -> Guess:
+        """What is said of places (batch, wanted), beside the texts (batch, length)."""
+        best, confidence = tokens.clone(), torch.zeros_like(tokens, dtype=said.chance.dtype)
+        best[:, wanted] = said.best
+        confidence[:, wanted] = said.chance
+        return Guess(best, confidence, said.logits, wanted)
+
+    def _read_tree(self, drafts: Tensor, said: Said, row: Tensor, wanted: Tensor) -> Guess:
+        """What is said of drafts (batch, drafts, length) in a tree.
 
         Args:
-            logits: (batch, rows, vocabulary) of what was asked for.
+            said: of the rows that were asked, (batch, rows).
             row: (drafts, wanted) which of the rows speaks of a draft's place; -1 for none.
         """
         batch, count = drafts.shape[:2]
         told, known = row.clamp(min=0), row >= 0
         if not self._reads_rows_alone:
             entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
-            of_each = logits[:, told].flatten(0, 1)
+            of_each = said[entries[:, None], told.repeat(batch, 1)]
             flat = drafts.flatten(0, 1)
             guess = self._read(flat, of_each, wanted, self.pads[entries], entries).unflatten(batch)
             guess.confidence[:, :, wanted] *= known
             return guess
-        best = logits.argmax(dim=-1)
-        tokens, confidence = drafts.clone(), torch.zeros_like(drafts, dtype=logits.dtype)
-        tokens[:, :, wanted] = best[:, told]
-        confidence[:, :, wanted] = chance(logits, best)[:, told] * known
-        return Guess(tokens, confidence, logits, wanted, row)
+        tokens, confidence = drafts.clone(), torch.zeros_like(drafts, dtype=said.chance.dtype)
+        tokens[:, :, wanted] = said.best[:, told]
+        confidence[:, :, wanted] = said.chance[:, told] * known
+        return Guess(tokens, confidence, said.logits, wanted, row)
 
     @property
     def _reads_rows_alone(self) -> bool:
-        """Whether what logits say of a place depends on nothing else, so that drafts may share it."""
+        """Whether what is read of a place depends on its logits alone, so that drafts may share it."""
         committer = self.slots.committer
         revises = committer is not None and type(committer[0]).revise is not Committer.revise
         return self.sampler.takes_the_likeliest and not revises

@@ -328,7 +328,7 @@ def test_on_a_trained_model_evaluations_are_better_spent_than_on_fewer_guided_st
     By more than two standard errors for velocities. The model of noise loses little by fewer steps
     of DDIM, and stops being guided after a third of them: it does as well, and no better.
     """
-    count, steps = 8, 20
+    count, steps = 24, 20
     full = drawn.draw(name, "", count, num_inference_steps=steps)
     ours = drawn.draw(name, "adaptive_guidance", count, num_inference_steps=steps)
     as_many = math.ceil(ours.activity["rows"] / (2 * count))

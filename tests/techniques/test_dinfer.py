@@ -19,6 +19,7 @@ from hasten.masked.committer.parallel import best_of_stretches
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.engine import MaskedModel
 from hasten.masked.run import Run
+from hasten.masked.runners import Said
 from hasten.masked.sampling import Sampler
 from hasten.plan import Plan
 from hasten.technique import Slot
@@ -137,17 +138,17 @@ def test_every_pass_is_the_sheets(
 ) -> None:
     # Beliefs are handed on from pass to pass, and rounding would be with them.
     model, found = filler(sharp=8.0, dtype=torch.float64, **form), []
-    logits = Denoiser.logits
+    read = Denoiser.read
 
-    def noted_logits(self: Any, *args: Any, rows: Tensor | None = None, **more: Any) -> Tensor:
+    def noted_read(self: Any, *args: Any, rows: Tensor | None = None, **more: Any) -> Said:
         found.append(None if rows is None else (int(rows[0]), int(rows[-1]) + 1))
-        return logits(self, *args, rows=rows, **more)
+        return read(self, *args, rows=rows, **more)
 
     drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 0, "seed": 2}
     for arguments in ({}, drawn):
         found.clear()
         with monkeypatch.context() as patch, hasten.apply(model, DInfer(**knobs)) as fast:
-            patch.setattr(Denoiser, "logits", noted_logits)
+            patch.setattr(Denoiser, "read", noted_read)
             noted = record(fast, prompt(1), new=32, block=16, **arguments)
         settings = Settings.resolve(model, 1, {"max_new_tokens": 1, **arguments})
         texts, said, computed = reference(

@@ -17,6 +17,7 @@ from hasten.errors import HastenError, PlanError
 from hasten.masked.attention import undirected
 from hasten.masked.committer.guided import Reader, approved
 from hasten.masked.engine import MaskedModel
+from hasten.masked.runners import Said
 from hasten.plan import Plan
 from hasten.technique import Slot
 from hasten.zoo import catalogue
@@ -89,15 +90,15 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int] | None]:
     from hasten.masked.denoiser import Denoiser
 
     found: list[tuple[int, int] | None] = []
-    logits = Denoiser.logits
+    read = Denoiser.read
 
-    def noted(self: Any, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def noted(self: Any, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Said:
         if rows is not None:
             assert torch.equal(rows, torch.arange(int(rows[0]), int(rows[-1]) + 1))
         found.append(None if rows is None else (int(rows[0]), int(rows[-1])))
-        return logits(self, *args, rows=rows, **kwargs)
+        return read(self, *args, rows=rows, **kwargs)
 
-    monkeypatch.setattr(Denoiser, "logits", noted)
+    monkeypatch.setattr(Denoiser, "read", noted)
     return found
 
 
@@ -220,13 +221,13 @@ def test_a_model_of_blocks_says_what_it_says_with_old_keys_and_values(
     from hasten.masked.denoiser import Denoiser
 
     rows: list[Tensor | None] = []
-    logits = Denoiser.logits
+    read = Denoiser.read
 
-    def noted_logits(self: Any, *args: Any, **more: Any) -> Tensor:
+    def noted_read(self: Any, *args: Any, **more: Any) -> Said:
         rows.append(more.get("rows"))
-        return logits(self, *args, **more)
+        return read(self, *args, **more)
 
-    monkeypatch.setattr(Denoiser, "logits", noted_logits)
+    monkeypatch.setattr(Denoiser, "read", noted_read)
     model = filler(**FORMS[form], sharp=8.0)
     noted = steps(model, ALONE.format(""), inputs=padded(), block=12)
     stale = Stale(model, pads=torch.tensor([0, 5, 2]))

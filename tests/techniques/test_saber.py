@@ -15,6 +15,7 @@ from hasten.causal.generation import Settings
 from hasten.errors import PlanError
 from hasten.masked.denoiser import Denoiser
 from hasten.masked.remasker.saber import Saber
+from hasten.masked.runners import Said
 from hasten.masked.sampling import Sampler
 from hasten.plan import Plan
 from hasten.subject import MaskedForm
@@ -63,7 +64,7 @@ def reference(
         places = [p for p in wanted_places if p < end]
         while any(text[p] == MASK for p in places):
             wanted, ids = torch.arange(start, end), torch.tensor([text])
-            logits = denoiser.logits(ids, wanted)
+            logits = denoiser.read(ids, wanted).logits
             chances = logits[0].softmax(-1)
             drawn = (
                 logits.argmax(-1) if sampler is None else sampler.best(logits, ids, wanted, MASK)
@@ -378,13 +379,13 @@ def test_every_place_that_may_be_opened_is_computed_in_every_pass(
 ) -> None:
     """And over a cache that is never stale it does what it does without one."""
     passes: list[tuple[Tensor | None, Tensor, Tensor]] = []
-    logits = Denoiser.logits
+    read = Denoiser.read
 
-    def noted_logits(self: Any, tokens: Tensor, wanted: Tensor, **more: Any) -> Tensor:
+    def noted_read(self: Any, tokens: Tensor, wanted: Tensor, **more: Any) -> Said:
         passes.append((more.get("rows"), wanted, tokens))
-        return logits(self, tokens, wanted, **more)
+        return read(self, tokens, wanted, **more)
 
-    monkeypatch.setattr(Denoiser, "logits", noted_logits)
+    monkeypatch.setattr(Denoiser, "read", noted_read)
     cache = "decoder=none, smoothing=false, cache=dual, prefix_look=0, after_look=0, warmup_steps=0"
     texts = {}
     for plan in (

@@ -2,7 +2,7 @@
 
 A pass is padded to one of a few widths. It reads the buffers whole, under a mask, and its own rows
 behind them, and hands out what it computed of them; so one graph serves a pass over one block, a
-tree of drafts and the rows of a window.
+tree of drafts and the rows of a window. The choice of the likeliest tokens is part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hasten.causal.attention import engine_attention
 from hasten.causal.cache import Handover
 from hasten.masked.attention import check_plain
 from hasten.masked.buffers import ALL_LAYERS
-from hasten.masked.runners.base import Look
+from hasten.masked.runners.base import Look, Said
 from hasten.masked.runners.eager import EagerRunner
 
 NAME = "hasten_masked_compiled"
@@ -74,12 +74,12 @@ class CompiledRunner(EagerRunner):
         self._state = abs(hash((self._number, weights, self.model.training)))
 
     @torch.no_grad()
-    def logits(self, look: Look) -> Tensor:
-        """See `Runner.logits`."""
+    def read(self, look: Look) -> Said:
+        """See `Runner.read`."""
         cache, width = look.cache, _width(look.tokens.shape[1])
         begins = cache is not None and cache.is_empty
         if begins or look.embeddings is not None or width > MAX_WIDTH:
-            return super().logits(look)
+            return super().read(look)
         rows = look.tokens.shape[1]
         older, fresh = (None, look.visible) if cache is None else cache.columns(look.visible, rows)
         buffers = None if cache is None or older is None else cache.states
@@ -90,12 +90,14 @@ class CompiledRunner(EagerRunner):
         keeps = cache is not None
         shapes = (tokens.shape, mask.shape, kept.shape, keeps, self._state)
         with engine_attention(self.model, NAME), self._compiling(shapes, tokens):
-            logits, states = self._pass(tokens, positions, mask, buffers, kept, keeps, self._state)
+            *said, states = self._pass(
+                tokens, positions, mask, buffers, kept, look.mask_id, keeps, self._state
+            )
         if cache is not None and states is not None:
             cache.write(ALL_LAYERS, states[..., :rows, :])
         if narrow:
-            return logits.index_select(1, look.kept)  # type: ignore[no-any-return]
-        return logits[:, : len(look.kept)]  # type: ignore[no-any-return]
+            return Said(*(part.index_select(1, look.kept) for part in said))
+        return Said(*said)[:, : len(look.kept)]
 
     def _static_pass(
         self,
@@ -104,9 +106,10 @@ class CompiledRunner(EagerRunner):
         mask: Tensor,
         buffers: Tensor | None,
         kept: Tensor,
+        mask_id: int,
         keeps: bool,
         state: int,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # Read, or the compiler would take a graph to hold for every state.
         assert state >= 0
         view = _View(buffers)
@@ -122,7 +125,8 @@ class CompiledRunner(EagerRunner):
             use_cache=True,
             logits_to_keep=kept,
         ).logits
-        return logits, torch.stack(view.fresh) if keeps else None
+        said = Said.of(logits, mask_id)
+        return said.logits, said.best, said.chance, torch.stack(view.fresh) if keeps else None
 
     def _settings(self, tokens: Tensor) -> dict[str, Any]:
         tiled = self.model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.masked.attention import undirected
-from hasten.masked.runners.base import Look, Runner
+from hasten.masked.runners.base import Look, Runner, Said
 
 
 class EagerRunner(Runner):
@@ -18,8 +18,8 @@ class EagerRunner(Runner):
     capacity_step: ClassVar[int] = 1
 
     @torch.no_grad()
-    def logits(self, look: Look) -> Tensor:
-        """See `Runner.logits`."""
+    def read(self, look: Look) -> Said:
+        """See `Runner.read`."""
         if look.cache is not None and look.cache.is_empty:
             config = self.model.config.get_text_config(decoder=True)
             look.cache.expect_model(config.num_hidden_layers, self.capacity_step)
@@ -34,4 +34,4 @@ class EagerRunner(Runner):
                 use_cache=look.cache is not None,
                 logits_to_keep=look.kept,
             ).logits
-        return logits
+        return Said.of(logits, look.mask_id)

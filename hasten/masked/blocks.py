@@ -10,26 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.masked.buffers import ALL_LAYERS, Buffers
+from hasten.masked.host import Bools, Ints, fetched, sent
 
 NEVER = -1  # no token: nothing was computed there
 
 
-def first_changes(changed: Tensor, block_length: int, pads: Tensor) -> list[int]:
+def first_changes(changed: Bools, block_length: int, pads: Ints) -> list[int]:
     """Where the first block begins that holds a change, in any row of the batch; or the length.
 
     Args:
         changed: (batch, texts, length) bool; one answer for each of the texts.
         pads: (batch,) positions on the left that are only padding; blocks are counted from there.
     """
-    length, pads = changed.shape[2], pads[:, None]
-    column = changed.to(torch.uint8).argmax(dim=2)
-    start = (column - pads).div(block_length, rounding_mode="floor") * block_length + pads
-    start = start.clamp(min=0).masked_fill(~changed.any(dim=2), length)
-    return start.amin(dim=0).tolist()  # type: ignore[no-any-return]
+    pads = pads[:, None]
+    start = (changed.argmax(axis=2) - pads) // block_length * block_length + pads
+    start = np.where(changed.any(axis=2), np.maximum(start, 0), changed.shape[2])
+    return start.min(axis=0).tolist()  # type: ignore[no-any-return]
 
 
 class BlockStore(Buffers):
@@ -38,14 +39,15 @@ class BlockStore(Buffers):
     Attributes:
         block_length: positions of a block.
         pads: (batch,) positions on the left that are only padding; blocks are counted from there.
-        seen: (batch, length) the token at each position when it was computed, or NEVER.
+        seen: (batch, length) array, the token at each position when it was computed, or NEVER.
     """
 
     def __init__(self, tokens: Tensor, block_length: int, pads: Tensor) -> None:
         super().__init__(tokens.shape[1])
         self.block_length = block_length
         self.pads = pads
-        self.seen = torch.full_like(tokens, NEVER)
+        self.padding: Ints = fetched(pads)
+        self.seen: Ints = np.full(tuple(tokens.shape), NEVER, dtype=np.int64)
         self._span = (0, 0)  # the positions of the pass in flight
         self._tree = False
         # What the last tree computed, (layers, 2, batch, kv_heads, rows, head_dim).
@@ -53,7 +55,8 @@ class BlockStore(Buffers):
 
     def stale(self, tokens: Tensor) -> int:
         """The first position of any row that must be computed for a text (batch, length)."""
-        (first,) = first_changes((tokens != self.seen)[:, None], self.block_length, self.pads)
+        changed = fetched(tokens) != self.seen
+        (first,) = first_changes(changed[:, None], self.block_length, self.padding)
         return first
 
     def end(self, column: int) -> int:
@@ -62,28 +65,29 @@ class BlockStore(Buffers):
 
     def block_ends(self, columns: list[int]) -> list[int]:
         """As `end`, of many positions."""
-        ends = self._ends(torch.tensor(columns, device=self.pads.device))
-        return ends.amax(dim=0).clamp(max=self.length).tolist()  # type: ignore[no-any-return]
+        ends = self._ends(np.array(columns)).max(axis=0)
+        return np.minimum(ends, self.length).tolist()  # type: ignore[no-any-return]
 
-    def _ends(self, columns: Tensor) -> Tensor:
+    def _ends(self, columns: Ints) -> Ints:
         """(batch, columns) where the blocks of positions end in each row."""
-        size, pads = self.block_length, self.pads[:, None]
-        return ((columns - pads).div(size, rounding_mode="floor") + 1) * size + pads
+        size, pads = self.block_length, self.padding[:, None]
+        ends: Ints = ((columns - pads) // size + 1) * size + pads
+        return ends
 
-    def _whole(self, columns: Tensor, end: Tensor | int) -> Tensor:
+    def _whole(self, columns: Ints, end: Ints | int) -> Bools:
         """(batch, columns) bool, whether all of a position's block stands before `end`.
 
         Rows are padded each its own way, so a pass may end inside a block of some of them. What it
         says there has not seen the rest of the block.
         """
-        return self._ends(columns).clamp(max=self.length) <= end
+        whole: Bools = np.minimum(self._ends(columns), self.length) <= end
+        return whole
 
     def expect(self, first: int, end: int, tokens: Tensor) -> None:
         """The next pass computes the positions from `first` up to `end` of a text (batch, length)."""
         self._span, self._tree = (first, end), False
-        columns = torch.arange(first, end, device=tokens.device)
-        whole = self._whole(columns, end)
-        self.seen[:, first:end] = tokens[:, first:end].masked_fill(~whole, NEVER)
+        whole = self._whole(np.arange(first, end), end)
+        self.seen[:, first:end] = np.where(whole, fetched(tokens[:, first:end]), NEVER)
 
     def expect_tree(self, first: int) -> None:
         """The next pass computes a `Tree` that begins at `first`; nothing is kept until `adopt`."""
@@ -120,18 +124,18 @@ class BlockStore(Buffers):
     def adopt(self, tree: Tree, drafts: Tensor, best: Tensor) -> None:
         """Keep what the last tree computed for one of the drafts (batch, drafts, length) of each row."""
         assert self.states is not None and self._fresh is not None
-        every = torch.arange(len(best), device=best.device)
-        rows = tree.owner[best]  # (batch, width)
+        chosen = fetched(best)
+        rows = tree.owner[chosen]  # (batch, width)
         end = tree.first + rows.shape[1]
-        index = rows.clamp(min=0)
-        for entry in range(len(best)):
+        index = sent(np.maximum(rows, 0), best.device)
+        for entry in range(len(chosen)):
             self.states[:, :, entry, :, tree.first : end] = self._fresh[:, :, entry].index_select(
                 -2, index[entry]
             )
-        columns = torch.arange(tree.first, end, device=best.device)
-        ends = tree.first + (rows >= 0).sum(dim=1, keepdim=True)  # of the draft of each row
-        kept = drafts[every, best, tree.first : end]
-        self.seen[:, tree.first : end] = kept.masked_fill(~self._whole(columns, ends), NEVER)
+        ends = tree.first + (rows >= 0).sum(axis=1, keepdims=True)  # of the draft of each row
+        whole = self._whole(np.arange(tree.first, end), ends)
+        kept = fetched(drafts)[np.arange(len(chosen)), chosen, tree.first : end]
+        self.seen[:, tree.first : end] = np.where(whole, kept, NEVER)
         self._fresh = None
 
 
@@ -141,19 +145,21 @@ class Tree:
 
     Attributes:
         first: the position at which the rows begin; what stands before is the same in all drafts.
+        tokens: (batch, rows) the ids of the rows.
         columns: (rows,) the position in the text of each row.
         draft: (rows,) the draft whose tokens it holds.
         owner: (drafts, width) for each draft the row of each position from `first` on; -1 for none.
     """
 
     first: int
-    columns: Tensor
-    draft: Tensor
-    owner: Tensor
+    tokens: Ints
+    columns: Ints
+    draft: Ints
+    owner: Ints
 
     @classmethod
     def of(
-        cls, drafts: Tensor, first: int, ends: Sequence[int], block_length: int, pads: Tensor
+        cls, drafts: Ints, first: int, ends: Sequence[int], block_length: int, pads: Ints
     ) -> Tree:
         """The tree of drafts (batch, drafts, length).
 
@@ -172,7 +178,6 @@ class Tree:
         columns: list[int] = []
         draft: list[int] = []
         owner: list[list[int]] = []
-        # Some dozens of numbers: lists are quicker than a tensor for each draft.
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             shared: list[int] = []
             if owner:
@@ -184,21 +189,16 @@ class Tree:
             columns += range(start, start + len(rows))
             draft += [index] * len(rows)
         return cls(
-            first, *(torch.tensor(part, device=drafts.device) for part in (columns, draft, owner))
+            first, drafts[:, draft, columns], np.array(columns), np.array(draft), np.array(owner)
         )
 
-    def tokens(self, drafts: Tensor) -> Tensor:
-        """(batch, rows) the ids of the rows, of drafts (batch, drafts, length)."""
-        return drafts[:, self.draft, self.columns]
-
-    def visible(self, blocks: Tensor) -> Tensor:
+    def visible(self, blocks: Bools) -> Bools:
         """Bool (batch or 1, 1, rows, first + rows), True where a row may look.
 
         Args:
             blocks: (batch or 1, 1, rows, length) bool, what each row may see of a text alone.
         """
-        rows = torch.arange(len(self.columns), device=self.columns.device)
-        before = torch.arange(self.first, device=self.columns.device)
+        rows = np.arange(len(self.columns))
         mine = self.owner[self.draft][:, self.columns - self.first] == rows
-        mine = torch.cat((mine.new_ones(len(rows), self.first), mine), dim=1)
-        return blocks[..., torch.cat((before, self.columns))] & mine
+        own = blocks[..., self.columns] & mine
+        return np.concatenate((blocks[..., : self.first], own), axis=-1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hasten.masked.blocks import BlockStore, Tree
+from hasten.masked.host import Bools, Ints, fetched, sent
 from hasten.masked.projections import Projections
 from hasten.masked.runners import EagerRunner, Look, Runner, Said
 from hasten.subject import MaskedForm
@@ -62,25 +66,33 @@ class Denoiser:
             positions = (positions - pads[:, None]).clamp(min=0)
         if isinstance(cache, BlockStore):
             assert rows is None and embeddings is None
-            first = min(cache.stale(tokens), int(source.min()))
-            end = cache.end(int(source.max()))
+            first = min(cache.stale(tokens), int(source[0]))
+            end = cache.end(int(source[-1]))
             cache.expect(first, end, tokens)
             tokens, positions = tokens[:, first:end], positions[:, first:end]
-            looking, seen = torch.arange(first, end, device=tokens.device), end
+            looking, seen = np.arange(first, end), end
             kept = source - first
         elif rows is not None:
             assert cache is not None and not cache.is_empty, "the first pass is over all rows"
             tokens, positions = tokens[:, rows], positions[:, rows]
-            looking, seen = rows, length
+            looking, seen = fetched(rows), length
             kept = torch.searchsorted(rows, source)
         else:
-            looking, seen = torch.arange(length, device=tokens.device), length
+            looking, seen = np.arange(length), length
             kept = source
-        visible = self._visible(looking, seen, pads)
+        visible = self._visible(looking, seen, None if pads is None else fetched(pads))
         if isinstance(cache, Projections):
             cache.rows = rows
         said = self.runner.read(
-            Look(tokens, positions, kept, self.form.mask_id, visible, cache, embeddings)
+            Look(
+                tokens,
+                positions,
+                kept,
+                self.form.mask_id,
+                None if visible is None else sent(visible, tokens.device),
+                cache,
+                embeddings,
+            )
         )
         self.passes += 1
         self.positions += tokens.numel()
@@ -97,7 +109,7 @@ class Denoiser:
         first: int,
         ends: list[int],
         store: BlockStore,
-    ) -> tuple[Said, Tree, Tensor]:
+    ) -> tuple[Said, Tree, Ints]:
         """What a model that sees blocks says of several drafts, all in one sequence.
 
         Args:
@@ -111,30 +123,30 @@ class Denoiser:
             speaks of a draft's place, from `first` to the last of `ends`. Of a place at or behind a
             draft's own end speaks the next draft that has it; -1 is nobody.
         """
-        pads = store.pads
-        wanted = torch.arange(first, ends[-1], device=drafts.device)
-        source = self.sources(wanted)
-        begin = min(store.stale(drafts[:, 0]), int(source[0]))
+        pads, device = store.padding, drafts.device
+        wanted = range(first, ends[-1])
+        source = [max(place - 1, 0) for place in wanted] if self.form.shifted else wanted
+        begin = min(store.stale(drafts[:, 0]), source[0])
         whole = store.block_ends([end - 1 for end in ends])
-        tree = Tree.of(drafts, begin, whole, store.block_length, pads)
-        row, kept = _speakers(tree, wanted.tolist(), source.tolist(), ends)
+        tree = Tree.of(fetched(drafts), begin, whole, store.block_length, pads)
+        row, kept = _speakers(tree, wanted, source, ends)
         visible = self._visible(tree.columns, drafts.shape[2], pads)
         assert visible is not None  # a model that sees blocks does not see all
         store.expect_tree(tree.first)
-        positions = (tree.columns[None] - pads[:, None]).clamp(min=0)
+        positions = np.maximum(tree.columns - pads[:, None], 0)
         said = self.runner.read(
             Look(
-                tree.tokens(drafts),
-                positions,
-                torch.tensor(kept, device=drafts.device),
+                sent(tree.tokens, device),
+                sent(positions, device),
+                torch.tensor(kept, device=device),
                 self.form.mask_id,
-                tree.visible(visible),
+                sent(tree.visible(visible), device),
                 store,
             )
         )
         self.passes += 1
         self.positions += drafts.shape[0] * len(tree.columns)
-        return said, tree, torch.tensor(row, device=drafts.device)
+        return said, tree, np.array(row)
 
     def alone(self, wanted: Tensor, pads: Tensor | None) -> Tensor | None:
         """(batch, wanted) bool, first places behind padding, which nobody speaks for; None if none."""
@@ -147,15 +159,16 @@ class Denoiser:
         """Positions whose output is about the wanted places; the first speaks for itself."""
         return (wanted - 1).clamp(min=0) if self.form.shifted else wanted
 
-    def _visible(self, looking: Tensor, length: int, pads: Tensor | None) -> Tensor | None:
+    def _visible(self, looking: Ints, length: int, pads: Ints | None) -> Bools | None:
         """Bool (batch or 1, 1, rows, length), True where a row may look; None hides nothing.
 
         Args:
             looking: (rows,) the positions of the rows.
         """
-        columns = torch.arange(length, device=looking.device)[None]
-        looking, own, visible = looking[None], columns, None
-        if pads is not None and bool((pads > 0).any()):
+        columns = np.arange(length)[None]
+        looking, own = looking[None], columns
+        visible: Bools | None = None
+        if pads is not None and (pads > 0).any():
             # A row of padding sees itself, or it would become NaN.
             itself = looking[0, :, None] == columns
             visible = (columns >= pads[:, None])[:, None, None] | itself
@@ -163,14 +176,13 @@ class Denoiser:
             looking, own = looking - pads[:, None], columns - pads[:, None]
         size = self.form.block_length
         if size is not None:
-            block, others = (each.div(size, rounding_mode="floor") for each in (looking, own))
-            before = (block[:, :, None] >= others[:, None])[:, None]
+            before = (looking[:, :, None] // size >= (own // size)[:, None])[:, None]
             visible = before if visible is None else visible & before
         return visible
 
 
 def _speakers(
-    tree: Tree, wanted: list[int], source: list[int], ends: list[int]
+    tree: Tree, wanted: Sequence[int], source: Sequence[int], ends: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
     """Which rows of a tree are asked.
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.errors import HastenError, PlanError
 from hasten.masked.blocks import BlockStore, Tree
 from hasten.masked.denoiser import Denoiser
+from hasten.masked.host import Bools, Ints, fetched, sent
 from hasten.masked.projections import Projections
 from hasten.masked.runners import Said
 from hasten.masked.sampling import Sampler, chance
@@ -87,6 +89,9 @@ class Run:
         self.sampler = sampler
         self.tokens = tokens
         self.given = given
+        self._free: Bools = ~fetched(given)
+        # (length,) the places' numbers.
+        self.columns = torch.arange(tokens.shape[1], device=tokens.device)
         self.slots = slots
         self.pads = pads
         self.eos = eos
@@ -138,12 +143,13 @@ class Run:
     @property
     def masked(self) -> Tensor:
         """(batch, length) bool, places that are not fixed."""
-        return self.masks_of(self.tokens)
+        return (self.tokens == self.mask_id) & ~self.given
 
-    def masks_of(self, tokens: Tensor) -> Tensor:
+    def masks_of(self, tokens: Ints) -> Bools:
         """(batch, ..., length) bool, places that are not fixed in texts or drafts of the rows."""
-        given = self.given if tokens.ndim == 2 else self.given[:, None]
-        return (tokens == self.mask_id) & ~given
+        free = self._free if tokens.ndim == 2 else self._free[:, None]
+        masks: Bools = (tokens == self.mask_id) & free
+        return masks
 
     @property
     def open(self) -> Tensor:
@@ -153,7 +159,7 @@ class Run:
         """
         return self.masked & (self.columns < self.block[1])
 
-    def next_open(self, tokens: Tensor) -> Tensor:
+    def next_open(self, tokens: Ints) -> Bools:
         """(batch, ..., length) bool, the open places of each row's first block that has any.
 
         That is where the next place of a text is filled; rows may be in different blocks. Blocks
@@ -163,21 +169,17 @@ class Run:
             tokens: (batch, ..., length) ids, the text or drafts that go on from it.
         """
         masked = self.masks_of(tokens)
-        ends = self._block_ends(masked.float().argmax(dim=-1).clamp(min=self.block[0]))
-        return masked & (self.columns < ends[..., None])
+        ends = self._block_ends(np.maximum(masked.argmax(axis=-1), self.block[0]))
+        found: Bools = masked & (np.arange(self.length) < ends[..., None])
+        return found
 
-    def _block_ends(self, places: Tensor) -> Tensor:
+    def _block_ends(self, places: Ints) -> Ints:
         """Where the blocks of places end, but for the last of the text."""
         return ((places - self.start) // self.block_length + 1) * self.block_length + self.start
 
-    def block_numbers(self) -> Tensor:
+    def block_numbers(self) -> Ints:
         """(length,) which block each place belongs to; below 0 before the first new one."""
-        return (self.columns - self.start).div(self.block_length, rounding_mode="floor")
-
-    @property
-    def columns(self) -> Tensor:
-        """(length,) the places' numbers."""
-        return torch.arange(self.length, device=self.tokens.device)
+        return (np.arange(self.length) - self.start) // self.block_length
 
     def needed(self, tokens: Tensor | None = None) -> Tensor:
         """(wanted,) places that a guess is wanted of: the block's, or all from the first new one on.
@@ -190,14 +192,15 @@ class Run:
         """
         looks_back = self.slots.remasker is not None and self.slots.remasker[0].looks_back
         first, end = self.start if looks_back else self.block[0], self.block[1]
-        beyond = 2 * self._reach - int(self.open.sum(dim=1).min()) if self._reach else 0
+        beyond = 0
+        if self._reach:
+            beyond = 2 * self._reach - int(self._left()[:, : self.block[1]].sum(axis=1).min())
         if beyond > 0:
             last = min(end + beyond, self.length)
             end = next(stop for _, stop in self.blocks if stop >= last)
         if tokens is not None and not looks_back:
-            left = self.masks_of(tokens).any(dim=0) & (self.columns >= first)
-            skipped = int(left.float().argmax()) - first
-            first += max(skipped, 0) // self.block_length * self.block_length
+            left = self.masks_of(fetched(tokens))[:, first:].any(axis=0)
+            first += int(left.argmax()) // self.block_length * self.block_length
         return torch.arange(first, end, device=self.tokens.device)
 
     @property
@@ -269,16 +272,15 @@ class Run:
         pass can fill behind that is only guessed: one draft of each block says it for all of them, the
         fullest. It is no more than one block, since guesses further ahead seldom hold.
         """
-        masked = self.masks_of(drafts)
-        column = masked.float().argmax(dim=2)
-        first = int(column.masked_fill(~masked.any(dim=2), self.length).min())
+        masked = self.masks_of(fetched(drafts))
+        column = masked.argmax(axis=2)
+        first = int(np.where(masked.any(axis=2), column, self.length).min())
         if not self._reach:
             return first, [self.block[1]] * drafts.shape[1]
-        order = masked.long().cumsum(dim=2)
-        last = order.clamp(max=self._reach).argmax(dim=2)
-        last = torch.minimum(last, column + self.block_length)
+        last = np.minimum(masked.cumsum(axis=2), self._reach).argmax(axis=2)
+        last = np.minimum(last, column + self.block_length)
         own, ahead = (
-            self._block_ends(places.amax(dim=0)).clamp(max=self.length).tolist()
+            np.minimum(self._block_ends(places.max(axis=0)), self.length).tolist()
             for places in (column, last)
         )
         fullest = [this < after for this, after in itertools.pairwise([*own, self.length + 1])]
@@ -361,7 +363,7 @@ class Run:
         confidence[:, wanted] = said.chance
         return Guess(best, confidence, said.logits, wanted)
 
-    def _read_tree(self, drafts: Tensor, said: Said, row: Tensor, wanted: Tensor) -> Guess:
+    def _read_tree(self, drafts: Tensor, said: Said, row: Ints, wanted: Tensor) -> Guess:
         """What is said of drafts (batch, drafts, length) in a tree.
 
         Args:
@@ -369,7 +371,7 @@ class Run:
             row: (drafts, wanted) which of the rows speaks of a draft's place; -1 for none.
         """
         batch, count = drafts.shape[:2]
-        told, known = row.clamp(min=0), row >= 0
+        told, known = (sent(part, drafts.device) for part in (np.maximum(row, 0), row >= 0))
         if not self._reads_rows_alone:
             entries = torch.arange(batch, device=drafts.device).repeat_interleave(count)
             of_each = said[entries[:, None], told.repeat(batch, 1)]
@@ -380,7 +382,7 @@ class Run:
         tokens, confidence = drafts.clone(), torch.zeros_like(drafts, dtype=said.chance.dtype)
         tokens[:, :, wanted] = said.best[:, told]
         confidence[:, :, wanted] = said.chance[:, told] * known
-        return Guess(tokens, confidence, said.logits, wanted, row)
+        return Guess(tokens, confidence, said.logits, wanted, told)
 
     @property
     def _reads_rows_alone(self) -> bool:
@@ -403,7 +405,7 @@ class Run:
                 self.block = block
                 if not self._reach:
                     self.carried = None
-                while bool(self.open.any()) and not self._cancelled:
+                while self._left()[:, : block[1]].any() and not self._cancelled:
                     self.step()
                 if self._cancelled or bool(self.ended.all()):
                     break
@@ -414,19 +416,23 @@ class Run:
 
     def step(self) -> None:
         """One pass: guess, fix, open again."""
-        before = self.masked
+        before = int(self._left().sum())
         guess = self.carried if self.carried is not None else self.look()
         self.carried = None
         if self.slots.candidates is not None:
             self._leap(guess)
         else:
             self._fix(guess)
-        self.activity["emitted"] += int(before.sum()) - int(self.masked.sum())
+        self.activity["emitted"] += before - int(self._left().sum())
         self._end_rows()
         if self.trace is not None:
             self.trace.append(self.tokens.clone())
         if self.on_tokens is not None:
             self.on_tokens(self)
+
+    def _left(self) -> Bools:
+        """(batch, length) bool, as `masked`, on the host."""
+        return self.masks_of(fetched(self.tokens))
 
     def _leap(self, guess: Guess) -> None:
         assert self.slots.candidates is not None
@@ -434,8 +440,8 @@ class Run:
         drafts = technique.propose(state, self, guess)
         # A draft that fills all that there is to fill, in every row, has no successor to be judged by.
         end = self.length if self._reach else self.block[1]
-        left = self.masks_of(drafts) & (self.columns < end)
-        count = int(left.any(dim=2).any(dim=0).sum())
+        left = self.masks_of(fetched(drafts))[..., :end]
+        count = int(left.any(axis=(0, 2)).sum())
         said = self.evaluate(drafts[:, :count]) if count else None
         best = technique.verify(state, self, drafts, said)
         self.adopt(drafts, said, best)
@@ -458,7 +464,8 @@ class Run:
 
     def _end_rows(self) -> None:
         """Fill rows up whose text has ended: everything before an end-of-text id is fixed."""
-        if not self.eos:
+        found = (fetched(self.tokens)[..., None] == np.array(self.eos)).any(axis=2)
+        if not (found & self._free).any():
             return
         new = ~self.given
         ends = torch.isin(self.tokens, torch.tensor(self.eos, device=self.tokens.device)) & new

@@ -34,7 +34,8 @@ class Guess:
         logits: (batch, wanted, vocabulary) float32, before temperature; the mask has -inf. Of drafts
             (batch, drafts, wanted, vocabulary), or (batch, rows, vocabulary) where `row` is given.
         wanted: (wanted,) the places that `logits` is about, ascending.
-        row: (drafts, wanted) of drafts that share rows, the row that speaks of each place; -1 for none.
+        row: (drafts, wanted) of drafts that share rows, the row that speaks of each place; where
+            nothing is known of it, any.
     """
 
     tokens: Tensor
@@ -56,7 +57,7 @@ class Guess:
         if self.row is None:
             logits = self.logits[where]
         else:
-            logits = self.logits[entries[:, None], self.row.clamp(min=0)[drafts]]
+            logits = self.logits[entries[:, None], self.row[drafts]]
         return Guess(self.tokens[where], self.confidence[where], logits, self.wanted)
 
 

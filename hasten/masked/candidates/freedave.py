@@ -23,9 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.masked.host import Bools, Ints, fetched, sent
 from hasten.masked.run import Run
 from hasten.masked.slots import Candidates, Committer, Guess
 from hasten.technique import Card, Claim, Contract, Loss, Resource, Rival, Slot, knob, technique
@@ -100,51 +103,56 @@ class FreeDave(Candidates, Committer):
 
     def choose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, length) bool, what one step without drafts fills."""
-        return self._step(run, guess, run.next_open(run.tokens))
+        places = run.next_open(fetched(run.tokens))
+        return sent(self._step(fetched(guess.confidence), places), run.tokens.device)
 
     def propose(self, state: Any, run: Run, guess: Guess) -> Tensor:
         """(batch, drafts, length) ids: the next state, and it with 1, 2, ... places more."""
-        first = self._step(run, guess, run.next_open(run.tokens))
-        rest = run.masked & (guess.confidence > 0) & ~first  # those that something is known of
-        count = 1 + min(self.num_draft - 1, int(rest.sum(dim=1).max()))
+        tokens, confidence = fetched(run.tokens), fetched(guess.confidence)
+        first = self._step(confidence, run.next_open(tokens))
+        rest = run.masks_of(tokens) & (confidence > 0) & ~first  # those that something is known of
+        count = 1 + min(self.num_draft - 1, int(rest.sum(axis=1).max()))
         # Block after block, and in each the surest place first.
-        key = (guess.confidence - 2.0 * run.block_numbers()).masked_fill(~rest, -torch.inf)
-        rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)[:, None]
-        more = torch.arange(count, device=rank.device)[:, None]
-        filled = first[:, None] | (rest[:, None] & (rank < more))
-        return torch.where(filled, guess.tokens[:, None], run.tokens[:, None])
+        key = np.where(rest, 2.0 * run.block_numbers() - confidence, np.inf)
+        rank = key.argsort(axis=1, kind="stable").argsort(axis=1)[:, None]
+        filled = first[:, None] | (rest[:, None] & (rank < np.arange(count)[:, None]))
+        drafts = np.where(filled, fetched(guess.tokens)[:, None], tokens[:, None])
+        return sent(drafts, run.tokens.device)
 
     def verify(self, state: Any, run: Run, drafts: Tensor, guess: Guess | None) -> Tensor:
         """(batch,) the furthest draft that the guesses confirm, one after the other."""
+        texts = fetched(drafts)
         if not self.checked:
-            best = torch.full_like(drafts[:, 0, 0], drafts.shape[1] - 1)
+            best = [texts.shape[1] - 1] * run.batch
         elif guess is None:
-            best = torch.zeros_like(drafts[:, 0, 0])
+            best = [0] * run.batch
         else:
-            known = drafts[:, : guess.tokens.shape[1]]
-            after = torch.where(self._step(run, guess, run.next_open(known)), guess.tokens, known)
-            # The whole text is compared, so the right token at the wrong place does not pass.
-            later, after = drafts[:, None], after[:, :, None]
-            holds = ((later == after) | (later == run.mask_id)).all(dim=3)
-            steps = holds.triu(diagonal=1).sum(dim=2)  # (batch, drafts) that each one confirms
-            best = torch.tensor([_furthest(row) for row in steps.tolist()], device=drafts.device)
-        self._count(run, drafts, best)
-        return best
+            known = texts[:, : guess.tokens.shape[1]]
+            filled = self._step(fetched(guess.confidence), run.next_open(known))
+            after = np.where(filled, fetched(guess.tokens), known)
+            # All new places are compared, so the right token at the wrong place does not pass.
+            later, after = texts[:, None, :, run.start :], after[:, :, None, run.start :]
+            holds = ((later == after) | (later == run.mask_id)).all(axis=3)
+            steps = np.triu(holds, 1).sum(axis=2)  # (batch, drafts) that each one confirms
+            best = [_furthest(row) for row in steps.tolist()]
+        self._count(run, texts, best)
+        return torch.tensor(best, device=drafts.device)
 
-    def _count(self, run: Run, drafts: Tensor, best: Tensor) -> None:
+    def _count(self, run: Run, drafts: Ints, best: list[int]) -> None:
         """Places that drafts guessed beyond the next state, and those of them that were kept."""
-        kept = drafts[torch.arange(run.batch, device=best.device), best]
+        kept = drafts[np.arange(run.batch), best]
         for what, reached in (("drafted", drafts[:, -1]), ("accepted", kept)):
             count = int((reached != drafts[:, 0]).sum())
             if count:
                 run.activity[f"{self.name}.{what}"] += count
 
-    def _step(self, run: Run, guess: Guess, places: Tensor) -> Tensor:
-        """(batch, ..., length) bool, which of some places are filled next."""
-        best = run.best(guess, places)
+    def _step(self, confidence: NDArray[Any], places: Bools) -> Bools:
+        """(batch, ..., length) bool, which of some places are filled next; see `Run.best`."""
+        surest = np.where(places, confidence, -1.0).argmax(axis=-1)
+        best = places & (np.arange(places.shape[-1]) == surest[..., None])
         if self.threshold == TOP_ONE:
             return best
-        return best | (places & (guess.confidence > self.threshold))
+        return best | (places & (confidence > self.threshold))
 
 
 def _furthest(steps: list[int]) -> int:

@@ -24,7 +24,6 @@ from hasten.plan import Plan
 from hasten.technique import Parts
 from hasten.zoo.scenes.caption import prompts
 from hasten.zoo.scenes.judge import features, frechet, load_judge
-from hasten.zoo.scenes.reader import attributes
 from hasten.zoo.scenes.render import render
 from tests.techniques import drawn
 
@@ -54,6 +53,7 @@ SLUGS = [slug for slug in registry.names(engine="denoise") if registry.get(slug)
 # Knobs where the defaults ask for more than a test can spend, or for more than 256 tokens.
 KNOBS: dict[str, dict[str, Any]] = {
     "adaspa": {"block": 16},  # of four blocks of 64 a query would read its own and no other
+    "grat": {"cell": 4},  # and of four cells of 8 three, whichever
     "rollover_budget_forcing": {"budget": 100, "reward": "caption"},
     "auto_diffusion": {"steps": 6, "population": 8, "samples": 64},
 }
@@ -87,9 +87,7 @@ def fidelity(plan: str, setting: Setting) -> Tensor:
 
 def asked_for(plan: str, setting: Setting) -> Tensor:
     """Share of what each caption asks for that is there."""
-    wanted = [scene for _, scene in prompts(setting.pictures, drawn.SEED)]
-    found = attributes(pictures(plan, setting).pictures, wanted)
-    return torch.tensor([each.share for each in found])
+    return torch.from_numpy(pictures(plan, setting).shares())
 
 
 PAIRED: dict[str, Callable[[str, Setting], Tensor]] = {"psnr": fidelity, "attributes": asked_for}

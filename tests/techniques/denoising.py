@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoise.blocks import blocks
+from hasten.denoise.inputs import SIZES
 from hasten.denoise.network import networks
 from hasten.subject import Subject, open_subject
 from hasten.technique import Parts
@@ -117,11 +118,13 @@ def zoo_sample(
     parts: dict[str, Parts] | None = None,
 ) -> tuple[Tensor, dict[str, int]]:
     """(count, ...) pictures of held-out captions by a trained model, and what a plan counted."""
-    frames = int(catalogue.card(name)["recipe"].get("frames", 1)) if zoo(name) else 1
-    captions = [words for words, _ in prompts(count, seed, frames=frames)]
-    with hasten.apply(zoo(name), *plan, parts=parts) as fast:
+    pipe = zoo(name)
+    size = {key: value for key, value in catalogue.card(name)["sampling"].items() if key in SIZES}
+    captions = [words for words, _ in prompts(count, seed, frames=size.get("num_frames", 1))]
+    with hasten.apply(pipe, *plan, parts=parts) as fast:
         made = fast(
             prompt=captions,
+            **size,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",

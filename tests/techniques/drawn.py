@@ -63,10 +63,14 @@ class Drawn:
         """Mean over pictures."""
         return float(np.mean(ssim(self.array, other.array)))
 
-    def attributes(self) -> float:
-        """Mean share of what the captions ask for."""
+    def shares(self) -> Any:
+        """(count,) the share of what its caption asks for that each picture shows."""
         wanted = [scene for _, scene in prompts(len(self.pictures), SEED)]
-        return float(np.mean([found.share for found in attributes(self.pictures, wanted)]))
+        return np.array([found.share for found in attributes(self.pictures, wanted)])
+
+    def attributes(self) -> float:
+        """Mean of `shares`."""
+        return float(self.shares().mean())
 
     def frechet(self) -> float:
         """Distance to as many real scenes."""

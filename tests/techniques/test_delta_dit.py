@@ -23,7 +23,6 @@ from tests.techniques.denoising import (
     own,
     recording,
     with_forward,
-    zoo,
     zoo_sample,
 )
 from tests.techniques.drawn import draw
@@ -253,28 +252,20 @@ def test_a_network_without_blocks_is_refused() -> None:
 # --------------------------------------------------------------------------------------- the zoo
 @pytest.mark.zoo
 @pytest.mark.thorough
-def test_deltas_carry_fresh_noise_where_outputs_do_not() -> None:
-    """A sampler that draws new noise at each step moves the sample; what is frozen cannot follow.
+@pytest.mark.parametrize("share", [0.13, 0.38])
+def test_on_a_trained_model_deltas_beat_outputs(share: float) -> None:
+    """What the front put out is frozen, so that nothing new reaches the rear; what it added is not.
 
-    With the plain sampler both score alike on this model: its velocity hardly changes along the
-    straight way that it was trained on, so that a frozen range is hardly wrong. They do so too where
-    several blocks are left out: what those add is larger than what they are given, and changes as much.
+    By more than two standard errors. With most of the blocks left out both score alike: what those add
+    is larger than what they are given, and changes as much.
     """
-    pipe = zoo("scenes-dit").pipe
-    plain = pipe.scheduler
-    try:
-        pipe.scheduler = type(plain).from_config(plain.config, stochastic_sampling=True)
-        quality = {}
-        torch.manual_seed(0)  # the sampler's new noise
-        original, _ = zoo_sample("scenes-dit", steps=8)
-        for keep, share in product(("delta", "output"), (0.13, 0.38)):
-            torch.manual_seed(0)
-            plan = f"delta_dit(order=front, share={share}, keep={keep})"
-            quality[keep, share] = db(zoo_sample("scenes-dit", plan, steps=8)[0], original)
-    finally:
-        pipe.scheduler = plain
-    assert quality["delta", 0.13] > quality["output", 0.13] + 1.0
-    assert quality["delta", 0.38] > quality["output", 0.38] - 0.5
+    settings = {"num_inference_steps": 20, "guidance_scale": 4.0}
+    original, near = draw("scenes-dit", "", 24, **settings), {}
+    for keep in ("delta", "output"):
+        plan = f"delta_dit(order=front, share={share}, keep={keep})"
+        near[keep] = psnr(draw("scenes-dit", plan, 24, **settings).array, original.array)
+    gain = near["delta"] - near["output"]
+    assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5, (gain.mean(), gain.std())
 
 
 @pytest.mark.zoo
@@ -291,11 +282,10 @@ def test_ranges_beat_as_many_random_blocks() -> None:
 
 @pytest.mark.zoo
 @pytest.mark.thorough
-def test_early_steps_need_their_front() -> None:
-    """Which end is left out matters in the early steps; in the late ones it hardly does here.
+def test_which_end_is_left_out_late_hardly_matters() -> None:
+    """And which early makes another picture, but none that is nearer to the full run's for sure.
 
-    So the staged order beats those that leave the front out early, and comes as near to the full run as
-    the one that leaves out the rear throughout.
+    So here the paper's order is no worse than the others, and no better.
     """
     count, settings = 24, {"num_inference_steps": 20, "guidance_scale": 4.0}
     original = draw("scenes-dit", "", count, **settings)
@@ -303,10 +293,10 @@ def test_early_steps_need_their_front() -> None:
     for order in ("staged", "reversed", "front", "rear"):
         ours = draw("scenes-dit", f"delta_dit(order={order}, share=0.38)", count, **settings)
         near[order] = psnr(ours.array, original.array)
-    for order in ("reversed", "front"):
-        gain = near["staged"] - near[order]
-        assert gain.mean() > 2 * gain.std(ddof=1) / count**0.5
     assert abs(near["staged"] - near["rear"]).mean() < 0.5
+    assert abs(near["reversed"] - near["front"]).mean() < 0.5
+    loss = near["reversed"] - near["staged"]
+    assert loss.mean() < 3 * loss.std(ddof=1) / count**0.5
 
 
 def bands(error: Any) -> tuple[float, float]:

@@ -18,7 +18,6 @@ from hasten.denoise.state.just_in_time import JustInTime, Progress
 from hasten.denoise.state.lifting import beta_quantiles, importance, lift, nearest
 from hasten.denoise.state.tokens import Subset, View
 from hasten.errors import PlanError, SubjectError
-from hasten.measure.image_quality import psnr
 from tests import pipelines
 from tests.pipelines import picture, tiny
 from tests.techniques import drawn
@@ -423,14 +422,12 @@ def test_on_a_trained_model_landing_keeps_speckles_away() -> None:
     assert ours.attributes() > full.attributes() - 0.1
 
 
+# What follows compares what captions ask for, not distances to the full run: with tokens missing in the
+# first steps another picture comes out, right or wrong, and about as far from the full run's.
 @pytest.mark.zoo
 @pytest.mark.thorough
 def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "scenes-dit"
-    drawn.model(name)
-    count = 40  # it costs less than one decibel, in pictures that differ by several
-    full = drawn.draw(name, "", count, num_inference_steps=20)
-    ours = drawn.draw(name, "just_in_time", count, num_inference_steps=20)
+    ours = drawn.draw("scenes-dit", "just_in_time", 40, num_inference_steps=20).shares()
     cut = Subset._cut
 
     def regridded(self: Subset, argument: str, value: Any) -> Any:
@@ -442,8 +439,7 @@ def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.Mon
             self.kept = kept
 
     monkeypatch.setattr(Subset, "_cut", regridded)
-    wrong = drawn.draw(name, "just_in_time", count, num_inference_steps=20)
-    gain = psnr(ours.array, full.array) - psnr(wrong.array, full.array)
+    gain = ours - drawn.draw("scenes-dit", "just_in_time", 40, num_inference_steps=20).shares()
     assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5
 
 
@@ -451,9 +447,7 @@ def test_on_a_trained_model_tokens_need_their_own_places(monkeypatch: pytest.Mon
 @pytest.mark.thorough
 def test_on_a_trained_model_filled_in_velocities_beat_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that do not run stay where they are, then, until they join."""
-    name, count, settings = "scenes-dit", 8, {"num_inference_steps": 20}
-    full = drawn.draw(name, "", count, **settings)
-    ours = drawn.draw(name, "just_in_time", count, **settings)
+    ours = drawn.draw("scenes-dit", "just_in_time", 40, num_inference_steps=20).shares()
 
     def zero(tokens: Tensor, kept: Tensor, nearest: Tensor, share: float) -> Tensor:
         known = torch.zeros(len(nearest), dtype=torch.bool)
@@ -461,6 +455,5 @@ def test_on_a_trained_model_filled_in_velocities_beat_none(monkeypatch: pytest.M
         return torch.where(known.reshape(1, *tokens.shape[1:4], 1), tokens, 0.0)
 
     monkeypatch.setattr("hasten.denoise.state.just_in_time.lift", zero)
-    still = drawn.draw(name, "just_in_time", count, **settings)
-    gain = psnr(ours.array, full.array) - psnr(still.array, full.array)
-    assert gain.mean() > 2 * gain.std(ddof=1) / count**0.5
+    gain = ours - drawn.draw("scenes-dit", "just_in_time", 40, num_inference_steps=20).shares()
+    assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5

@@ -104,7 +104,10 @@ class Harmonica(Block):
         notes=(
             "The table belongs to one number of steps, one solver and its timesteps; for others it must "
             "be trained again. Training takes no pictures, only prompts; the guidance scale may differ "
-            "from the one in training. Memory: one output of each layer that the next step reuses."
+            "from the one in training. Memory: one output of each layer that the next step reuses. "
+            "Going on with the table's own samples wants patience: on scenes-dit at 10 steps, tables "
+            "trained on the full model's were 2.4 and 4.3 dB better after 180 updates, and 0.6 dB worse "
+            "after 720. Tables of two trainings differ by several dB."
         ),
     )
     contract: ClassVar[Contract] = Contract(
@@ -119,7 +122,7 @@ class Harmonica(Block):
 
     steps: int = knob(50, "steps of the sampler for which the table is", low=2)
     beta: float = knob(
-        3.0,
+        1.0,
         "price in training of running all layers of a step, beside the error of the untrained table; "
         "higher reuses more",
         low=0.0,

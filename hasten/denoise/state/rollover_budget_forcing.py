@@ -80,7 +80,9 @@ class RolloverBudgetForcing(State):
             "It spends evaluations to raise a reward, so it is slower by design. The reward in the plan "
             "is a simple measure of the picture; give your own as fast(prompt, reward=function), which "
             "takes (n, 3, height, width) pictures from 0 to 1 and n prompts. A search may fool its "
-            "reward: judge the result by something else."
+            "reward: judge the result by something else. On scenes-dit at 100 evaluations, which leave "
+            "two children a step, path=linear finds more of what captions ask for (0.90 of it, against "
+            "0.86 here and 0.81 without a search)."
         ),
     )
     contract: ClassVar[Contract] = Contract(

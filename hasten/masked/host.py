@@ -1,8 +1,8 @@
 """Bookkeeping of a pass on the host, in numpy.
 
 Which places are open and which rows a pass computes are questions of some dozens of numbers. On tensors
-each step of the answer costs several times what it costs here, and on an accelerator a wait as well;
-here they are fetched once.
+each step of the answer costs several times what it costs here. On an accelerator each question that ends
+in a number is a wait, too; here it is one where a text, drafts or a guess are fetched.
 """
 
 from __future__ import annotations

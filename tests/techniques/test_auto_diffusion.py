@@ -597,13 +597,16 @@ def test_on_a_trained_model_chosen_layers_beat_as_many_by_chance() -> None:
 def test_on_a_trained_model_a_found_list_is_as_good_on_noises_that_the_search_has_not_seen() -> (
     None
 ):
-    """What it gains on the uniform list there is most of what it gains on the search's own noises."""
-    pipe = drawn.model("scenes-unet")
-    technique = AutoDiffusion(steps=4, population=8, generations=4, samples=48, batch=48)
+    """What it gains on the uniform list there is most of what it gains on the search's own noises.
+
+    With so many of them: with a third, the search fits the few that it has, and gains nothing elsewhere.
+    """
+    pipe, samples = drawn.model("scenes-unet"), 144
+    technique = AutoDiffusion(steps=4, population=8, generations=4, samples=samples, batch=48)
     gains = []
     for seed in (0, 1):  # of the captions and noises; the list is that of the first
-        scenes = prompts(48, 3 + seed)
-        real = render([scene for _, scene in prompts(192, 30)], 64)
+        scenes = prompts(samples, 3 + seed)
+        real = render([scene for _, scene in prompts(576, 30)], 64)
         asked = Preparation(
             open_subject(pipe),
             [],
@@ -615,4 +618,4 @@ def test_on_a_trained_model_a_found_list_is_as_good_on_noises_that_the_search_ha
             found = full(parts["timesteps"].tolist())
         judge = Fitness.of(replace(technique, seed=seed), asked)
         gains.append(1 - judge(found) / judge(judge.uniform()))
-    assert gains[0] > 0.15 and gains[1] > 0.5 * gains[0], gains
+    assert gains[0] > 0.1 and gains[1] > 0.5 * gains[0], gains

@@ -77,7 +77,9 @@ class AutoDiffusion(Schedule, Block):
         notes=(
             "The list belongs to a number of steps, a solver and a guidance scale; prepare again where "
             "one of them changes. The search draws (generations + 1) * population * samples pictures, "
-            "and none of that is in any time that is reported. It takes the place of the number of "
+            "and none of that is in any time that is reported. With few samples it fits their noises: on "
+            "scenes-unet at 4 steps, a list found on 48 was 9 % better than a uniform one on them and 8 % "
+            "worse on others; one found on 144, 14 % and 10 % better. It takes the place of the number of "
             "steps that a call asks for. To spend the work of so many whole steps on more of them, "
             "raise steps and lower layers by the same factor."
         ),

@@ -38,15 +38,14 @@ class BlockStore(Buffers):
 
     Attributes:
         block_length: positions of a block.
-        pads: (batch,) positions on the left that are only padding; blocks are counted from there.
+        pads: (batch,) array, positions on the left that are only padding; blocks are counted from there.
         seen: (batch, length) array, the token at each position when it was computed, or NEVER.
     """
 
     def __init__(self, tokens: Tensor, block_length: int, pads: Tensor) -> None:
         super().__init__(tokens.shape[1])
         self.block_length = block_length
-        self.pads = pads
-        self.padding: Ints = fetched(pads)
+        self.pads: Ints = fetched(pads)
         self.seen: Ints = np.full(tuple(tokens.shape), NEVER, dtype=np.int64)
         self._span = (0, 0)  # the positions of the pass in flight
         self._tree = False
@@ -56,7 +55,7 @@ class BlockStore(Buffers):
     def stale(self, tokens: Tensor) -> int:
         """The first position of any row that must be computed for a text (batch, length)."""
         changed = fetched(tokens) != self.seen
-        (first,) = first_changes(changed[:, None], self.block_length, self.padding)
+        (first,) = first_changes(changed[:, None], self.block_length, self.pads)
         return first
 
     def end(self, column: int) -> int:
@@ -70,7 +69,7 @@ class BlockStore(Buffers):
 
     def _ends(self, columns: Ints) -> Ints:
         """(batch, columns) where the blocks of positions end in each row."""
-        size, pads = self.block_length, self.padding[:, None]
+        size, pads = self.block_length, self.pads[:, None]
         ends: Ints = ((columns - pads) // size + 1) * size + pads
         return ends
 

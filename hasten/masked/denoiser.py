@@ -123,7 +123,7 @@ class Denoiser:
             speaks of a draft's place, from `first` to the last of `ends`. Of a place at or behind a
             draft's own end speaks the next draft that has it; -1 is nobody.
         """
-        pads, device = store.padding, drafts.device
+        pads, device = store.pads, drafts.device
         wanted = range(first, ends[-1])
         source = [max(place - 1, 0) for place in wanted] if self.form.shifted else wanted
         begin = min(store.stale(drafts[:, 0]), source[0])

@@ -464,11 +464,10 @@ class Run:
 
     def _end_rows(self) -> None:
         """Fill rows up whose text has ended: everything before an end-of-text id is fixed."""
-        found = (fetched(self.tokens)[..., None] == np.array(self.eos)).any(axis=2)
-        if not (found & self._free).any():
+        found = (fetched(self.tokens)[..., None] == np.array(self.eos)).any(axis=2) & self._free
+        if not found.any():
             return
-        new = ~self.given
-        ends = torch.isin(self.tokens, torch.tensor(self.eos, device=self.tokens.device)) & new
+        ends = sent(found, self.tokens.device)
         settled = (~self.masked).long().cumprod(dim=1).bool()  # no open place up to here
         ends &= settled
         over = ends.any(dim=1) & ~self.ended
@@ -476,7 +475,7 @@ class Run:
             first = ends.long().argmax(dim=1)
             behind = self.columns > first[:, None]
             # Places that were given behind the end stay: an infilling keeps its text.
-            fill = behind & new & over[:, None]
+            fill = behind & ~self.given & over[:, None]
             self.tokens = self.tokens.masked_fill(fill, self.pad)
             self.ended |= over
 
